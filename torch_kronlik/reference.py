@@ -156,15 +156,16 @@ def leave_one_row_out(
 def _leave_out(U: Tensor, y: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Delete each group of `size` successive entries and condition it on the rest."""
     index = torch.arange(U.shape[-1], device=U.device)
-    y = y.expand(*(U[..., :1] + y).shape)
-    means, covariances = [y[..., :0, :]], [y[..., :0, :, None].expand(*y.shape[:-2], 0, size, size)]
+    batch = torch.broadcast_shapes(U.shape[:-2], y.shape[:-2])  # type: ignore[no-untyped-call]
+    y = y.expand(*batch, -1, 1)
+    means, covariances = [y[..., :0, :]], [y.new_zeros(*batch, 0, size, size)]
     for out in index.view(-1, size):
         rest = index[(index < out[0]) | (index > out[-1])]
         C = U[..., out, :][..., rest]
         weights = _solve(U[..., rest, :][..., rest], C.mT).mT
         means.append(weights @ y[..., rest, :])
         covariance = U[..., out, :][..., out] - weights @ C.mT
-        covariances.append(covariance.expand(*y.shape[:-2], size, size).unsqueeze(-3))
+        covariances.append(covariance.expand(*batch, size, size).unsqueeze(-3))
     return torch.cat(means, -2), torch.cat(covariances, -3)
 
 
