@@ -1,0 +1,82 @@
+"""Imports inside the package go from a higher level to a lower one, so that there are no cycles."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "torch_kronlik"
+
+# A package is one level with all its modules, which may import each other.
+LEVEL = {
+    "_version": 0.0,
+    "derivatives": 1.0,  # how a native op gets its derivative rules
+    "ops": 1.5,
+    "blocks": 1.8,
+    "factor": 2.0,
+    "rules": 2.5,  # the differentiable operations over a factorisation
+    "covariance": 3.0,
+    "likelihood": 3.0,
+    "loss": 4.0,
+    "distribution": 4.0,
+    "predict": 4.0,
+    "gpytorch": 5.0,
+    "botorch": 5.0,
+    "__init__": 6.0,
+    "__main__": 7.0,
+}
+SIDE_ROOMS = {"matcalc", "expm"}  # may import derivatives and ops; only __init__ imports them
+ORACLE = "reference"  # imports nothing of the package; only __main__, the self-check, imports it
+ADAPTERS = {"gpytorch", "botorch"}  # need other libraries, so nothing imports them
+
+
+def unit(path: Path) -> str:
+    """The name that has a level: the module, or the package that it is in."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_units(path: Path) -> set[str]:
+    """Names right below torch_kronlik that a file imports, at the top or inside a function."""
+    package = ["torch_kronlik", *path.relative_to(PACKAGE).parts[:-1]]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{stem}.{alias.name}" for alias in node.names}
+    parts = [name.split(".") for name in names]
+    return {p[1] if len(p) > 1 else "__init__" for p in parts if p[0] == "torch_kronlik"}
+
+
+def allowed(importer: str, imported: str) -> bool:
+    if imported == importer:
+        return True
+    if imported == ORACLE:
+        return importer == "__main__"
+    if imported in ADAPTERS or importer == ORACLE:
+        return False
+    if imported in SIDE_ROOMS:
+        return importer in {"__init__", "__main__"}
+    if importer in SIDE_ROOMS:
+        return imported in {"derivatives", "ops"}
+    # A name that is no module is a public one, taken from __init__.
+    return LEVEL[importer] > LEVEL.get(imported, LEVEL["__init__"])
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path: Path) -> None:
+    importer = unit(path)
+    assert importer in {*LEVEL, *SIDE_ROOMS, ORACLE}, f"{importer} has no level in this file"
+    wrong = {name for name in imported_units(path) if not allowed(importer, name)}
+    assert not wrong, f"{importer} must not import {sorted(wrong)}"
+
+
+def test_package_is_found() -> None:
+    assert PACKAGE / "reference.py" in FILES
