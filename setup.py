@@ -9,13 +9,13 @@ import shutil
 from pathlib import Path
 
 import torch
-from setuptools import setup
+from setuptools import Extension, setup
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
 # The libraries use the LibTorch stable ABI of torch 2.10: one binary loads in every later torch.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-COMMON = ["-O3", "-std=c++17", STABLE_ABI]
+COMMON = ["-O3", "-g0", "-std=c++17", STABLE_ABI]
 HOST = [
     *COMMON,
     "-Wall",
@@ -23,6 +23,8 @@ HOST = [
     "-fvisibility=hidden",
     # Error messages name the source file: relative to the project, not to the build machine.
     f"-ffile-prefix-map={ROOT.resolve()}/=",
+    # as system headers, so that warnings are about this project's code
+    *(f"-isystem{path}" for path in cpp_extension.include_paths()),
 ]
 DEFAULT_ARCHS = "8.0;9.0+PTX"
 
@@ -56,7 +58,7 @@ def cuda_wanted() -> bool:
     return True
 
 
-def cpu_extension() -> cpp_extension.Extension:
+def cpu_extension() -> Extension:
     return cpp_extension.CppExtension(
         "torch_kronlik._C",
         sources("*.cpp", "cpu/*.cpp"),
@@ -67,7 +69,7 @@ def cpu_extension() -> cpp_extension.Extension:
     )
 
 
-def cuda_extension() -> cpp_extension.Extension:
+def cuda_extension() -> Extension:
     # Without a visible GPU torch cannot guess the architectures and fails.
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
@@ -93,8 +95,10 @@ if cuda_wanted():
 
 setup(
     ext_modules=extensions,
-    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(
-        no_python_abi_suffix=True, use_ninja=shutil.which("ninja") is not None
-    )},
+    cmdclass={
+        "build_ext": cpp_extension.BuildExtension.with_options(
+            use_ninja=shutil.which("ninja") is not None
+        )
+    },
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -62,8 +62,8 @@ inline Sizes broadcast(const Sizes& a, const Sizes& b, const char* op) {
   const size_t shift = longer.size() - shorter.size();
   for (size_t d = 0; d < shorter.size(); ++d) {
     int64_t& size = result[shift + d];
-    STD_TORCH_CHECK(size == shorter[d] || size == 1 || shorter[d] == 1, op,
-                    ": batch sizes ", size, " and ", shorter[d], " do not broadcast");
+    STD_TORCH_CHECK(size == shorter[d] || size == 1 || shorter[d] == 1, op, ": batch sizes ", size,
+                    " and ", shorter[d], " do not broadcast");
     if (size == 1) size = shorter[d];
   }
   return result;

@@ -1,7 +1,13 @@
-// The list of everything native.
+// The list of everything native. Each op has its formula in kernels/<op>.h, its CPU loops in
+// cpu/<op>.cpp and its CUDA launches in cuda/<op>.cu.
 
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(torch_kronlik, m) {
   m.def("block_diag_sum(Tensor A, SymInt num_blocks) -> Tensor");
+  m.def("block_diag_expand(Tensor S, SymInt num_blocks) -> Tensor");
+  m.def(
+      "kron_diag_sums(Tensor s, Tensor lam)"
+      " -> (Tensor logdet, Tensor row_sum, Tensor col_sum_s, Tensor col_sum_1)");
+  m.def("kron_diag_scale(Tensor s, Tensor lam, Tensor Y) -> (Tensor Z, Tensor inv_quad)");
 }

@@ -4,7 +4,9 @@
 // every device.
 
 #include "checks.h"
+#include "kernels/block_diag_expand.h"
 #include "kernels/block_diag_sum.h"
+#include "kernels/kron_diag_scale.h"
 
 namespace torch_kronlik {
 
@@ -24,6 +26,57 @@ inline Blocks blocks_of(const Tensor& A, int64_t num_blocks) {
   s.block_stride = s.m * s.row_stride + s.n * s.col_stride;
   s.batch = batch_layout(A, 2, batch_sizes(A, 2));
   return s;
+}
+
+inline BlockExpand expansion_of(const Tensor& S, int64_t num_blocks) {
+  check_min_dim(S, 2, "block_diag_expand");
+  STD_TORCH_CHECK(num_blocks >= 1, "block_diag_expand: num_blocks must be positive, got ",
+                  num_blocks);
+  BlockExpand e;
+  e.p = num_blocks;
+  e.m = S.size(S.dim() - 2);
+  e.n = S.size(S.dim() - 1);
+  e.row_stride = S.stride(S.dim() - 2);
+  e.col_stride = S.stride(S.dim() - 1);
+  e.batch = batch_layout(S, 2, batch_sizes(S, 2));
+  return e;
+}
+
+inline KronDiag kron_diag_of(const Tensor& s, const Tensor& lam, const Sizes& batch) {
+  KronDiag g;
+  g.T = s.size(s.dim() - 1);
+  g.D = lam.size(lam.dim() - 1);
+  g.s_stride = s.stride(s.dim() - 1);
+  g.lam_stride = lam.stride(lam.dim() - 1);
+  g.s_batch = batch_layout(s, 1, batch);
+  g.lam_batch = batch_layout(lam, 1, batch);
+  return g;
+}
+
+// The batch of what depends on s and lam alone.
+inline Sizes factor_batch(const Tensor& s, const Tensor& lam, const char* op) {
+  check_min_dim(s, 1, op);
+  check_min_dim(lam, 1, op);
+  check_alike(s, lam, op);
+  return broadcast(batch_sizes(s, 1), batch_sizes(lam, 1), op);
+}
+
+inline Sizes scale_batch(const Tensor& s, const Tensor& lam, const Tensor& Y, const char* op) {
+  check_min_dim(Y, 2, op);
+  check_alike(s, Y, op);
+  STD_TORCH_CHECK(Y.size(Y.dim() - 2) == s.size(s.dim() - 1), op, ": Y and s differ in T");
+  STD_TORCH_CHECK(Y.size(Y.dim() - 1) == lam.size(lam.dim() - 1), op, ": Y and lam differ in D");
+  return broadcast(factor_batch(s, lam, op), batch_sizes(Y, 2), op);
+}
+
+inline KronDiagScale kron_diag_scale_of(const Tensor& s, const Tensor& lam, const Tensor& Y,
+                                        const Sizes& batch) {
+  KronDiagScale k;
+  k.grid = kron_diag_of(s, lam, batch);
+  k.row_stride = Y.stride(Y.dim() - 2);
+  k.col_stride = Y.stride(Y.dim() - 1);
+  k.y_batch = batch_layout(Y, 2, batch);
+  return k;
 }
 
 }  // namespace torch_kronlik

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_kronlik import ops
+from . import ops
 
 __all__ = ["block_diag", "block_diag_sum"]
 
@@ -36,7 +36,8 @@ def block_diag_sum(A: Tensor, num_blocks: int) -> Tensor:
             [18., 20.]])
     """
     _check_blocks(A, num_blocks)
-    return ops.block_diag_sum(A, num_blocks)
+    out: Tensor = ops.block_diag_sum(A, num_blocks)
+    return out
 
 
 def block_diag(A: Tensor, k: int, num_blocks: int) -> Tensor:
@@ -54,8 +55,7 @@ def block_diag(A: Tensor, k: int, num_blocks: int) -> Tensor:
 
     Raises:
         TypeError: A is not a float32 or float64 tensor, or k or num_blocks not an integer.
-        IndexError: k is not in 0 ≤ k < p.
-        ValueError: A is not made of p×p blocks.
+        ValueError: A is not made of p×p blocks, or k is not in 0 ≤ k < p.
 
     Cost: none, no entry is read.
 
@@ -66,7 +66,7 @@ def block_diag(A: Tensor, k: int, num_blocks: int) -> Tensor:
     _check_blocks(A, num_blocks)
     _check_integer("k", k)
     if not 0 <= k < num_blocks:
-        raise IndexError(f"k must satisfy 0 <= k < num_blocks = {num_blocks}, got {k}")
+        raise ValueError(f"k must satisfy 0 <= k < num_blocks = {num_blocks}, got {k}")
     m, n = A.shape[-2] // num_blocks, A.shape[-1] // num_blocks
     return A[..., k * m : (k + 1) * m, k * n : (k + 1) * n]
 
