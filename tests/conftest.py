@@ -50,6 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
     device = torch.device(config.getoption("--device"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device=cuda: torch sees no CUDA device")
+    # torch's own modules (forward mode, vmap) call it on import: nothing a user of them can change.
+    ignored = "ignore:`torch.jit.*` is deprecated:DeprecationWarning"
+    config.addinivalue_line("filterwarnings", ignored)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import mpmath
+import mpmath  # type: ignore[import-untyped]
 import numpy as np
 import torch
 from problems import Problem
@@ -84,7 +84,8 @@ def _inverse_and_logdet(U: Array) -> tuple[Array, Any]:
 
 def _exact(x: Tensor) -> Array:
     numbers = x.detach().cpu().double().numpy()
-    return np.vectorize(mpmath.mpf, otypes=[object])(numbers)
+    exact: Array = np.vectorize(mpmath.mpf, otypes=[object])(numbers)
+    return exact
 
 
 def _ones(n: int) -> Array:

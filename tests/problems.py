@@ -51,6 +51,10 @@ def _normal(shape: Batch, generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
+def _symmetric(X: Tensor) -> Tensor:
+    return (X + X.mT) / 2  # to the last bit, so that no code's choice of triangle shows
+
+
 def _gram(n: int, rank: int, batch: Batch, generator: torch.Generator) -> Tensor:
     return psd(_normal((*batch, n, rank), generator)) / max(rank, 1)
 
@@ -173,8 +177,8 @@ def make_problem(
     generator = torch.Generator().manual_seed(seed)
     shapes = batch if isinstance(batch, Mapping) else dict.fromkeys(("Y", "M", "K", "noise"), batch)
     build = KINDS[kind]
-    M = build.M(T, shapes["M"], generator) * build.factor_scale
-    K = build.K(D, shapes["K"], generator)
+    M = _symmetric(build.M(T, shapes["M"], generator) * build.factor_scale)
+    K = _symmetric(build.K(D, shapes["K"], generator))
     noise_kwargs = _make_noise(D, shapes["noise"], noise, build, generator)
     Y = _normal((*shapes["Y"], T, D), generator)
     cast = {name: tensor.to(device, dtype) for name, tensor in noise_kwargs.items()}
@@ -195,7 +199,7 @@ def _make_noise(
         raise ValueError(f"noise: expected 'full' or 'diagonal', got {noise!r}")
     C = spd(_normal((*batch, D, 2), generator) / 2)
     scale = (log_variance / 2).exp() / C.diagonal(dim1=-2, dim2=-1).sqrt()
-    return {"Sigma": scale[..., :, None] * C * scale[..., None, :]}
+    return {"Sigma": _symmetric(scale[..., :, None] * C * scale[..., None, :])}
 
 
 def make_new_rows(T: int, S: int, D: int, **options: object) -> NewRows:
@@ -243,8 +247,8 @@ def make_roots(
 ) -> tuple[Tensor, ...]:
     """Unconstrained float64 leaves (Y, R_M, R_K, R_noise) for gradcheck; see `from_roots`."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(T, D), (T, T if rank is None else rank), (D, D if rank is None else rank)]
-    shapes.append((D, D) if noise == "full" else (D,))
+    R_noise: Batch = (D, D) if noise == "full" else (D,)
+    shapes = [(T, D), (T, rank or T), (D, rank or D), R_noise]
     leaves = [_normal((*batch, *shape), generator) / 2 for shape in shapes]
     return tuple(leaf.to(device).requires_grad_() for leaf in leaves)
 

@@ -1,0 +1,404 @@
+"""The dense twin against closed forms, scipy, 50-digit arithmetic and other dense routes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mpmath  # type: ignore[import-untyped]
+import numpy as np
+import pytest
+import torch
+from highprec import evaluate
+from problems import (
+    BATCHES,
+    KINDS,
+    LAYOUTS,
+    Problem,
+    condition_number,
+    dense_noise,
+    from_roots,
+    kinds_for,
+    make_new_rows,
+    make_problem,
+    make_roots,
+    relayout,
+)
+from scipy import stats  # type: ignore[import-untyped]
+from torch import Tensor
+from torch.autograd import grad, gradcheck, gradgradcheck
+
+from torch_kronlik import reference
+
+Check = Callable[..., None]
+NOISES = ("full", "diagonal")
+
+
+def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+# Every function of a problem alone, to be called as f(problem).
+FUNCTIONS: dict[str, Callable[[Problem], Any]] = {
+    "covariance_matrix": lambda p: reference.covariance_matrix(p.M, p.K, **p.noise),
+    "kron_matmul": lambda p: reference.kron_matmul(p.M, p.K, p.Y, **p.noise),
+    "kron_solve": lambda p: reference.kron_solve(p.M, p.K, p.Y, **p.noise),
+    "kron_logdet": lambda p: reference.kron_logdet(p.M, p.K, **p.noise),
+    "kron_inv_quad_logdet": lambda p: reference.kron_inv_quad_logdet(p.M, p.K, p.Y, **p.noise),
+    "inverse_block_diag_sum": lambda p: reference.inverse_block_diag_sum(p.M, p.K, **p.noise),
+    "inverse_diagonal": lambda p: reference.inverse_diagonal(p.M, p.K, **p.noise),
+    "kron_gaussian_nll": lambda p: reference.kron_gaussian_nll(p.Y, p.M, p.K, **p.noise),
+    "leave_one_out": lambda p: reference.leave_one_out(p.Y, p.M, p.K, **p.noise),
+    "leave_one_row_out": lambda p: reference.leave_one_row_out(p.Y, p.M, p.K, **p.noise),
+}
+WITHOUT_Y = {"covariance_matrix", "kron_logdet", "inverse_block_diag_sum", "inverse_diagonal"}
+each_function = pytest.mark.parametrize("name", FUNCTIONS)
+each_noise = pytest.mark.parametrize("noise", NOISES)
+
+
+# ---------------------------------------------------------------- the model
+
+
+def test_covariance_matrix_entries() -> None:
+    p = make_problem(3, 2)
+    U = reference.covariance_matrix(p.M, p.K, **p.noise)
+    for t, d, u, e in np.ndindex(3, 2, 3, 2):
+        expected = p.M[t, u] * p.K[d, e] + (t == u) * p.noise["Sigma"][d, e]
+        assert U[2 * t + d, 2 * u + e] == expected
+
+
+def test_kron_equals_torch_kron() -> None:
+    A, B = torch.randn(2, 3).double(), torch.randn(4, 5).double()
+    assert torch.equal(reference.kron(A.mT, B), torch.kron(A.mT.contiguous(), B))
+
+
+@each_noise
+def test_kron_matmul_is_two_products(noise: str, assert_close: Check) -> None:
+    p = make_problem(5, 3, noise=noise)
+    actual = reference.kron_matmul(p.M, p.K, p.Y, **p.noise)
+    assert_close(actual, p.M @ p.Y @ p.K + p.Y @ dense_noise(p))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 4), (3, 1)])
+def test_block_diag_sum_is_adjoint_of_repetition(shape: tuple[int, int]) -> None:
+    m, n = shape
+    A, S = torch.randn(2, 4 * m, 4 * n).double(), torch.randn(m, n).double()
+    left = (reference.block_diag_sum(A, 4) * S).sum((-2, -1))
+    right = (A * torch.kron(torch.eye(4).double(), S)).sum((-2, -1))
+    torch.testing.assert_close(left, right)
+
+
+def test_block_diag_is_a_view() -> None:
+    A = torch.arange(24).reshape(4, 6)
+    block = reference.block_diag(A, 1, 2)
+    assert torch.equal(block, torch.tensor([[15, 16, 17], [21, 22, 23]]))
+    assert block.untyped_storage().data_ptr() == A.untyped_storage().data_ptr()
+
+
+# ---------------------------------------------------------------- independent values
+
+
+@each_noise
+@pytest.mark.parametrize("kind", kinds_for(torch.float32))  # scipy refuses the others as singular
+def test_nll_equals_scipy(kind: str, noise: str, assert_close: Check) -> None:
+    p = make_problem(5, 3, kind=kind, noise=noise)
+    U = np.kron(p.M, p.K) + np.kron(np.eye(5), dense_noise(p))
+    expected = -stats.multivariate_normal(cov=U).logpdf(p.Y.reshape(-1))
+    actual = reference.kron_gaussian_nll(p.Y, p.M, p.K, **p.noise)
+    assert_close(actual, torch.tensor(expected), condition=condition_number(p), dims=0)
+
+
+@each_noise
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_equal_high_precision(kind: str, noise: str, assert_close: Check) -> None:
+    p = make_problem(5, 3, kind=kind, noise=noise)
+    exact, kappa = evaluate(p), condition_number(p)
+    inv_quad, logdet = FUNCTIONS["kron_inv_quad_logdet"](p)
+    assert_close(logdet, exact.logdet, condition=kappa, floor=15.0)
+    assert_close(inv_quad, exact.inv_quad, condition=kappa)
+    assert_close(FUNCTIONS["kron_logdet"](p), exact.logdet, condition=kappa, floor=15.0)
+    assert_close(FUNCTIONS["kron_gaussian_nll"](p), exact.nll, condition=kappa, floor=15.0)
+    assert_close(FUNCTIONS["kron_solve"](p), exact.solve, condition=kappa)
+    assert_close(FUNCTIONS["inverse_diagonal"](p), exact.inverse_diagonal, condition=kappa)
+    B = FUNCTIONS["inverse_block_diag_sum"](p)
+    assert_close(B, exact.inverse_block_diag_sum, condition=kappa)
+
+
+@each_noise
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_equal_analytic_formulas(kind: str, noise: str, assert_close: Check) -> None:
+    p = make_problem(4, 3, kind=kind, noise=noise)
+    exact, kappa = evaluate(p), condition_number(p)
+    leaves = {"Y": p.Y, "M": p.M, "K": p.K, **p.noise}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    inv_quad, logdet = FUNCTIONS["kron_inv_quad_logdet"](p)
+    for value, expected in ((inv_quad, exact.grad_inv_quad), (logdet, exact.grad_logdet)):
+        grads = grad(value, list(leaves.values()), retain_graph=True, materialize_grads=True)
+        for name, actual in zip(leaves, grads, strict=True):
+            # Entries of a gradient cancel: its terms are as large as those of the whole.
+            floor = float(expected[name].abs().max()) if kind != "zero_K" else 1.0
+            assert_close(actual, expected[name], condition=kappa, quantity="gradient", floor=floor)
+
+
+def test_high_precision_equals_mpmath_linear_algebra() -> None:
+    p = make_problem(3, 2, kind="tiny_noise")
+    exact = evaluate(p)
+    with mpmath.workdps(50):
+        U = mpmath.zeros(6)
+        for i, j in np.ndindex(6, 6):
+            (t, d), (u, e) = divmod(i, 2), divmod(j, 2)
+            U[i, j] = mpmath.mpf(p.M[t, u].item()) * mpmath.mpf(p.K[d, e].item())
+            U[i, j] += (t == u) * mpmath.mpf(p.noise["Sigma"][d, e].item())
+        y = mpmath.matrix(p.Y.flatten().tolist())
+        a = mpmath.lu_solve(U, y)
+        assert exact.logdet.item() == float(mpmath.log(mpmath.det(U)))
+        assert exact.inv_quad.item() == float((y.T * a)[0])
+        assert exact.solve.flatten().tolist() == [float(x) for x in a]
+
+
+def test_high_precision_refuses_indefinite() -> None:
+    p = make_problem(2, 2)
+    with pytest.raises(ValueError, match="not positive definite"):
+        evaluate(p._replace(M=-100 * p.M))
+
+
+# ---------------------------------------------------------------- closed forms
+
+
+@each_noise
+def test_one_row_is_a_sum_of_matrices(noise: str, assert_close: Check) -> None:
+    p = make_problem(1, 4, noise=noise)
+    U = p.M[0, 0] * p.K + dense_noise(p)
+    assert_close(FUNCTIONS["kron_logdet"](p), torch.logdet(U), floor=4.0)
+    assert_close(FUNCTIONS["kron_solve"](p), torch.linalg.solve(U, p.Y[0])[None], condition=100)
+    assert_close(FUNCTIONS["inverse_block_diag_sum"](p), torch.linalg.inv(U), condition=100)
+
+
+@each_noise
+def test_one_output_has_scalar_noise(noise: str, assert_close: Check) -> None:
+    p = make_problem(5, 1, noise=noise)
+    s, P = torch.linalg.eigh(p.M)
+    u = s * p.K[0, 0] + dense_noise(p)[0, 0]
+    assert_close(FUNCTIONS["kron_logdet"](p), u.log().sum(), floor=5.0)
+    expected = P @ torch.diag(1 / u) @ P.mT
+    assert_close(FUNCTIONS["kron_solve"](p), expected @ p.Y, condition=100)
+    assert_close(FUNCTIONS["inverse_diagonal"](p)[:, 0], expected.diagonal(), condition=100)
+
+
+@each_noise
+@pytest.mark.parametrize("kind", ["zero_M", "zero_K"])
+def test_zero_factor_leaves_independent_rows(kind: str, noise: str, assert_close: Check) -> None:
+    p = make_problem(5, 3, kind=kind, noise=noise)
+    Sigma = dense_noise(p)
+    normal = stats.multivariate_normal(cov=Sigma)
+    expected = torch.tensor(-normal.logpdf(p.Y).sum())
+    assert_close(FUNCTIONS["kron_gaussian_nll"](p), expected)
+    assert_close(FUNCTIONS["kron_logdet"](p), 5 * torch.logdet(Sigma), floor=15.0)
+    assert_close(FUNCTIONS["inverse_block_diag_sum"](p), 5 * torch.linalg.inv(Sigma))
+    mean, covariance = FUNCTIONS["leave_one_row_out"](p)
+    assert_close(mean, torch.zeros_like(mean))
+    assert_close(covariance, Sigma.expand(5, 3, 3))
+
+
+def test_diagonal_everything_is_elementwise(assert_close: Check) -> None:
+    p = make_problem(4, 3, noise="diagonal")
+    m, k, v = p.M.diagonal(), p.K.diagonal(), p.noise["log_noise"].exp()
+    p = p._replace(M=torch.diag(m), K=torch.diag(k))
+    u = m[:, None] * k + v
+    assert_close(FUNCTIONS["kron_solve"](p), p.Y / u)
+    assert_close(FUNCTIONS["inverse_diagonal"](p), 1 / u)
+    nll = (p.Y**2 / u + u.log() + math.log(2 * math.pi)).sum() / 2
+    assert_close(FUNCTIONS["kron_gaussian_nll"](p), nll)
+    mean, variance = FUNCTIONS["leave_one_out"](p)
+    assert_close(mean, torch.zeros(4, 3).double())
+    assert_close(variance, u)
+
+
+@each_noise
+@each_function
+def test_empty_grid(name: str, noise: str) -> None:
+    results = as_tuple(FUNCTIONS[name](make_problem(0, 3, noise=noise)))
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "covariance_matrix": [(0, 0)],
+        "kron_logdet": [()],
+        "kron_gaussian_nll": [()],
+        "kron_inv_quad_logdet": [(), ()],
+        "inverse_block_diag_sum": [(3, 3)],
+        "leave_one_out": [(0, 3), (0, 3)],
+        "leave_one_row_out": [(0, 3), (0, 3, 3)],
+    }
+    assert [r.shape for r in results] == shapes.get(name, [(0, 3)])
+    assert all((r == 0).all() for r in results)
+
+
+# ---------------------------------------------------------------- prediction and leaving out
+
+
+@each_noise
+def test_condition_equals_blocks_of_the_joint_precision(noise: str, assert_close: Check) -> None:
+    p, M_cross, M_test, Y_test = make_new_rows(4, 2, 3, noise=noise)
+    posterior = reference.condition(p.Y, p.M, p.K, M_cross, M_test, **p.noise)
+    joint = torch.cat([torch.cat([p.M, M_cross.mT], 1), torch.cat([M_cross, M_test], 1)], 0)
+    V = torch.linalg.inv(reference.covariance_matrix(joint, p.K, **p.noise))
+    observed = torch.linalg.inv(V[12:, 12:])
+    mean = -(observed @ V[12:, :12] @ p.Y.flatten()).reshape(2, 3)
+    latent = observed - torch.kron(torch.eye(2).double(), dense_noise(p))
+    kappa = condition_number(p)
+    assert_close(posterior.mean, mean, condition=kappa)
+    assert_close(posterior.covariance_matrix, latent, condition=kappa)
+    assert_close(posterior.variance, latent.diagonal().reshape(2, 3), condition=kappa)
+    expected = observed.diagonal().reshape(2, 3)
+    assert_close(posterior.observation_variance, expected, condition=kappa)
+    rows = torch.stack([latent[:3, :3], latent[3:, 3:]])
+    assert_close(posterior.row_covariance, rows, condition=kappa)
+    normal = stats.multivariate_normal(mean.flatten(), observed)
+    chain = reference.kron_gaussian_nll(p.Y, p.M, p.K, **p.noise) - normal.logpdf(Y_test.flatten())
+    Y = torch.cat([p.Y, Y_test])
+    assert_close(reference.kron_gaussian_nll(Y, joint, p.K, **p.noise), chain, condition=kappa)
+
+
+def test_condition_on_a_diagonal_only() -> None:
+    p, M_cross, M_test, _ = make_new_rows(4, 2, 3, batch=(5,))
+    full = reference.condition(p.Y, p.M, p.K, M_cross, M_test, **p.noise)
+    diagonal = M_test.diagonal(dim1=-2, dim2=-1)
+    part = reference.condition(p.Y, p.M, p.K, M_cross, diagonal, **p.noise)
+    assert part.covariance_matrix is None
+    for actual, expected in zip(part[:4], full[:4], strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@each_noise
+@pytest.mark.parametrize("kind", kinds_for(torch.float32))
+def test_leaving_out_equals_formulas_in_the_inverse(
+    kind: str, noise: str, assert_close: Check
+) -> None:
+    p, kappa = (problem := make_problem(4, 3, kind=kind, noise=noise)), condition_number(problem)
+    V, A = torch.linalg.inv(FUNCTIONS["covariance_matrix"](p)), FUNCTIONS["kron_solve"](p)
+    mean, variance = FUNCTIONS["leave_one_out"](p)
+    d = V.diagonal().reshape(4, 3)
+    assert_close(mean, p.Y - A / d, condition=kappa, floor=1.0)
+    assert_close(variance, 1 / d, condition=kappa)
+    mean, covariance = FUNCTIONS["leave_one_row_out"](p)
+    blocks = torch.linalg.inv(
+        torch.stack([V[3 * t : 3 * t + 3, 3 * t : 3 * t + 3] for t in range(4)])
+    )
+    assert_close(mean, p.Y - torch.einsum("tde,te->td", blocks, A), condition=kappa, floor=1.0)
+    assert_close(covariance, blocks, condition=kappa)
+
+
+def test_leaving_out_the_only_entry_gives_the_prior() -> None:
+    p = make_problem(1, 1)
+    mean, variance = FUNCTIONS["leave_one_out"](p)
+    assert mean.item() == 0.0
+    assert variance.item() == (p.M * p.K + p.noise["Sigma"]).item()
+
+
+# ---------------------------------------------------------------- batches, layouts, dtypes
+
+
+def element(p: Problem, batch: torch.Size, index: tuple[int, ...]) -> Problem:
+    def pick(x: Tensor, dims: int) -> Tensor:
+        return x.expand(*batch, *x.shape[x.dim() - dims :])[index]
+
+    noise = {name: pick(x, 2 if name == "Sigma" else 1) for name, x in p.noise.items()}
+    return Problem(pick(p.Y, 2), pick(p.M, 2), pick(p.K, 2), noise)
+
+
+@each_noise
+@pytest.mark.parametrize("shapes", BATCHES)
+@each_function
+def test_batch_equals_loop(name: str, shapes: str, noise: str, assert_close: Check) -> None:
+    p = make_problem(3, 2, batch=BATCHES[shapes], noise=noise)
+    if name in WITHOUT_Y:
+        p = p._replace(Y=torch.zeros(3, 2))
+    tensors = (p.Y[..., 0, 0], p.M[..., 0, 0], p.K[..., 0, 0], dense_noise(p)[..., 0, 0])
+    batch = torch.broadcast_tensors(*tensors)[0].shape  # type: ignore[no-untyped-call]
+    for k, actual in enumerate(as_tuple(FUNCTIONS[name](p))):
+        assert actual.shape[: len(batch)] == batch
+        for index in np.ndindex(*batch):
+            assert_close(actual[index], as_tuple(FUNCTIONS[name](element(p, batch, index)))[k])
+
+
+def test_condition_broadcasts(assert_close: Check) -> None:
+    p, M_cross, M_test, _ = make_new_rows(3, 2, 2)
+    K = torch.stack([p.K, 2 * p.K])
+    Y = torch.stack([p.Y, 3 * p.Y, -p.Y])[:, None]
+    posterior = reference.condition(Y, p.M, K, M_cross, M_test, **p.noise)
+    for i, j in np.ndindex(3, 2):
+        single = reference.condition(Y[i, 0], p.M, K[j], M_cross, M_test, **p.noise)
+        for actual, expected in zip(posterior, single, strict=True):
+            assert actual is not None
+            assert_close(actual[i, j], expected)
+
+
+@pytest.mark.parametrize("how", [h for h in LAYOUTS if h != "expanded"])
+@each_function
+def test_layout_does_not_matter(name: str, how: str, assert_close: Check) -> None:
+    p = make_problem(4, 3, batch=(2,), noise="diagonal")
+    noise = {key: relayout(x, how) for key, x in p.noise.items()}
+    q = Problem(relayout(p.Y, how), relayout(p.M, how), relayout(p.K, how), noise)
+    results = zip(as_tuple(FUNCTIONS[name](q)), as_tuple(FUNCTIONS[name](p)), strict=True)
+    for actual, expected in results:
+        assert_close(actual, expected)
+
+
+@each_function
+def test_results_are_float64(name: str, dtype: torch.dtype) -> None:
+    p = make_problem(3, 2, dtype=dtype)
+    wide = Problem(p.Y.double(), p.M.double(), p.K.double(), {"Sigma": p.noise["Sigma"].double()})
+    results = zip(as_tuple(FUNCTIONS[name](p)), as_tuple(FUNCTIONS[name](wide)), strict=True)
+    for actual, expected in results:
+        assert actual.dtype == torch.float64
+        assert torch.equal(actual, expected)
+
+
+class Pair(NamedTuple):
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+
+
+def test_factor_as_eigenpair(assert_close: Check) -> None:
+    p = make_problem(4, 3, batch=(2,))
+    pair = Pair(*torch.linalg.eigh(p.M))
+    actual = reference.kron_gaussian_nll(p.Y, pair, p.K, **p.noise)
+    assert_close(actual, FUNCTIONS["kron_gaussian_nll"](p), dims=0)
+
+
+@pytest.mark.parametrize("names", [(), ("Sigma", "log_noise")])
+def test_exactly_one_noise(names: tuple[str, ...]) -> None:
+    p = make_problem(2, 2)
+    noise = {"Sigma": torch.eye(2), "log_noise": torch.zeros(2)}
+    with pytest.raises(ValueError, match="exactly one of Sigma= and log_noise="):
+        reference.kron_logdet(p.M, p.K, **{name: noise[name] for name in names})
+
+
+def test_indefinite_covariance_raises() -> None:
+    p = make_problem(2, 2)
+    with pytest.raises(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        reference.kron_logdet(-100 * p.M, p.K, **p.noise)
+
+
+# ---------------------------------------------------------------- derivatives
+
+
+@each_noise
+@each_function
+def test_derivatives(name: str, noise: str) -> None:
+    def f(*roots: Tensor) -> tuple[Tensor, ...]:
+        return as_tuple(FUNCTIONS[name](from_roots(*roots, noise=noise)))
+
+    roots = make_roots(2, 2, noise=noise)
+    assert gradcheck(f, roots, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(f, roots, check_fwd_over_rev=True)
+
+
+@each_function
+def test_gradients_are_symmetric(name: str) -> None:
+    p = make_problem(3, 2)
+    leaves = [p.M.requires_grad_(), p.K.requires_grad_(), p.noise["Sigma"].requires_grad_()]
+    loss = sum((torch.randn_like(x) * x).sum() for x in as_tuple(FUNCTIONS[name](p)))
+    for G in grad(loss, leaves):  # type: ignore[arg-type]
+        torch.testing.assert_close(G, G.mT)
+        assert G.abs().max() > 0
