@@ -1,0 +1,46 @@
+"""Sums over the batch dimensions that an argument was broadcast over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["outer_to", "sum_to", "symmetric"]
+
+
+def sum_to(tensor: Tensor, batch: Sequence[int], core: int) -> Tensor:
+    """Sum the batch dimensions of ``tensor`` down to ``batch``; the last ``core`` stay."""
+    return tensor.sum_to_size(*batch, *tensor.shape[tensor.dim() - core :])
+
+
+def outer_to(X: Tensor, Y: Tensor, batch: Sequence[int]) -> Tensor:
+    """``sum_to(X @ Y.mT, batch)`` as one product: a summed dimension joins the contracted one.
+
+    Args:
+        X: (*b, m, k).
+        Y: (*b, n, k), its batch shape broadcast with that of X.
+        batch: the batch shape of the result, broadcastable to ``b``.
+
+    Returns:
+        (*batch, m, n)
+    """
+    joint = torch.broadcast_shapes(X.shape[:-2], Y.shape[:-2])
+    X, Y = (Z.expand(*joint, *Z.shape[-2:]) for Z in (X, Y))
+    lead = X.dim() - 2 - len(batch)
+    summed = [
+        i for i, size in enumerate(X.shape[:-2]) if i < lead or (size != 1 and batch[i - lead] == 1)
+    ]
+    if not summed:
+        return X @ Y.mT
+    kept = [i for i in range(X.dim() - 2) if i not in summed]
+    order = [*kept, X.dim() - 2, *summed, X.dim() - 1]
+    X, Y = (Z.permute(order).flatten(len(kept) + 1) for Z in (X, Y))
+    product = X @ Y.mT
+    return product.reshape(*batch, *product.shape[-2:])
+
+
+def symmetric(X: Tensor) -> Tensor:
+    """The symmetric part (X + Xᵀ)/2."""
+    return torch.add(X, X.mT).mul(0.5)

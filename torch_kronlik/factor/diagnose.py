@@ -1,0 +1,44 @@
+"""Why a computation failed, in the user's terms. Called only after it did, so good input pays nothing."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+__all__ = ["batch_element", "not_positive_definite", "raise_if_not_finite", "require_finite"]
+
+
+def batch_element(bad: Tensor) -> str:
+    """Words for the first True of ``bad`` (*batch): nothing without a batch, else its index."""
+    if bad.dim() == 0:
+        return ""
+    index = tuple(int(i) for i in bad.nonzero()[0])
+    return f" (batch element {index[0] if len(index) == 1 else index})"
+
+
+def raise_if_not_finite(**arguments: Tensor | None) -> None:
+    """Raise ValueError for the first argument that holds a NaN or an infinity."""
+    for name, value in arguments.items():
+        if value is None or bool(torch.isfinite(value).all()):
+            continue
+        index = tuple(int(i) for i in (~torch.isfinite(value)).nonzero()[0])
+        raise ValueError(
+            f"{name} must be finite, but {name}{list(index)} is {float(value[index])}"
+        )
+
+
+def not_positive_definite(what: str, bad: Tensor) -> NoReturn:
+    raise torch.linalg.LinAlgError(f"{what} is not positive definite{batch_element(bad)}")
+
+
+def require_finite(result: Tensor, **arguments: Tensor | None) -> None:
+    """Raise if ``result`` is not finite: a non-finite argument first, else an overflow."""
+    if bool(torch.isfinite(result).all()):
+        return
+    raise_if_not_finite(**arguments)
+    names = ", ".join(name for name, value in arguments.items() if value is not None)
+    raise OverflowError(
+        f"the result exceeds the range of {result.dtype}, although {names} are finite; rescale them"
+    )
