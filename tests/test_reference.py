@@ -28,15 +28,25 @@ from problems import (
 from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
+from torch.func import jacfwd, jacrev
 
 from torch_kronlik import reference
 
 Check = Callable[..., None]
+Transform = Callable[..., Callable[..., Tensor]]
 NOISES = ("full", "diagonal")
 
 
 def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def condition_on_everything(p: Problem) -> tuple[Tensor, ...]:
+    """The noise-free function at the first row, given all rows."""
+    M = (p.M + p.M.mT) / 2
+    posterior = reference.condition(p.Y, M, p.K, M[..., :1, :], M[..., :1, :1], **p.noise)
+    assert posterior.covariance_matrix is not None
+    return (*posterior[:4], posterior.covariance_matrix)
 
 
 # Every function of a problem alone, to be called as f(problem).
@@ -49,6 +59,7 @@ FUNCTIONS: dict[str, Callable[[Problem], Any]] = {
     "inverse_block_diag_sum": lambda p: reference.inverse_block_diag_sum(p.M, p.K, **p.noise),
     "inverse_diagonal": lambda p: reference.inverse_diagonal(p.M, p.K, **p.noise),
     "kron_gaussian_nll": lambda p: reference.kron_gaussian_nll(p.Y, p.M, p.K, **p.noise),
+    "condition": condition_on_everything,
     "leave_one_out": lambda p: reference.leave_one_out(p.Y, p.M, p.K, **p.noise),
     "leave_one_row_out": lambda p: reference.leave_one_row_out(p.Y, p.M, p.K, **p.noise),
 }
@@ -226,6 +237,7 @@ def test_empty_grid(name: str, noise: str) -> None:
         "kron_gaussian_nll": [()],
         "kron_inv_quad_logdet": [(), ()],
         "inverse_block_diag_sum": [(3, 3)],
+        "condition": [(0, 3), (0, 3), (0, 3), (0, 3, 3), (0, 0)],
         "leave_one_out": [(0, 3), (0, 3)],
         "leave_one_row_out": [(0, 3), (0, 3, 3)],
     }
@@ -314,7 +326,7 @@ def test_batch_equals_loop(name: str, shapes: str, noise: str, assert_close: Che
     if name in WITHOUT_Y:
         p = p._replace(Y=torch.zeros(3, 2))
     tensors = (p.Y[..., 0, 0], p.M[..., 0, 0], p.K[..., 0, 0], dense_noise(p)[..., 0, 0])
-    batch = torch.broadcast_tensors(*tensors)[0].shape  # type: ignore[no-untyped-call]
+    batch = torch.broadcast_tensors(*tensors)[0].shape
     for k, actual in enumerate(as_tuple(FUNCTIONS[name](p))):
         assert actual.shape[: len(batch)] == batch
         for index in np.ndindex(*batch):
@@ -392,6 +404,26 @@ def test_derivatives(name: str, noise: str) -> None:
     roots = make_roots(2, 2, noise=noise)
     assert gradcheck(f, roots, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(f, roots, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("outer", [jacrev, jacfwd])
+@pytest.mark.parametrize("inner", [jacrev, jacfwd])
+@each_function
+def test_second_derivatives_agree_in_all_modes(
+    name: str, inner: Transform, outer: Transform
+) -> None:
+    roots = tuple(root.detach() for root in make_roots(2, 2, seed=1))
+    weights = [torch.randn_like(x) for x in as_tuple(FUNCTIONS[name](from_roots(*roots)))]
+
+    def f(R_K: Tensor) -> Tensor:
+        results = as_tuple(FUNCTIONS[name](from_roots(roots[0], roots[1], R_K, roots[3])))
+        return torch.stack([(w * x).sum() for w, x in zip(weights, results, strict=True)]).sum()
+
+    step = 1e-5 * torch.eye(4, dtype=torch.float64).reshape(4, 2, 2)
+    slopes = [(jacrev(f)(roots[2] + h) - jacrev(f)(roots[2] - h)) / 2e-5 for h in step]
+    expected = torch.stack(slopes).reshape(2, 2, 2, 2)
+    # Central differences: error step² · third derivative, and eps/step.
+    torch.testing.assert_close(outer(inner(f))(roots[2]), expected, rtol=1e-6, atol=1e-7)
 
 
 @each_function
