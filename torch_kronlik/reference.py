@@ -156,7 +156,7 @@ def leave_one_row_out(
 def _leave_out(U: Tensor, y: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Delete each group of `size` successive entries and condition it on the rest."""
     index = torch.arange(U.shape[-1], device=U.device)
-    batch = torch.broadcast_shapes(U.shape[:-2], y.shape[:-2])  # type: ignore[no-untyped-call]
+    batch = torch.broadcast_shapes(U.shape[:-2], y.shape[:-2])
     y = y.expand(*batch, -1, 1)
     means, covariances = [y[..., :0, :]], [y.new_zeros(*batch, 0, size, size)]
     for out in index.view(-1, size):
