@@ -17,8 +17,11 @@ LEVEL = {
     "blocks": 1.8,
     "factor": 2.0,
     "rules": 2.5,  # the differentiable operations over a factorisation
+    "checks": 2.7,
+    "symmetric_eigen": 2.8,
     "covariance": 3.0,
-    "likelihood": 3.0,
+    "linalg": 3.2,
+    "likelihood": 3.2,
     "loss": 4.0,
     "distribution": 4.0,
     "predict": 4.0,

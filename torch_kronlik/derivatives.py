@@ -36,7 +36,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-__all__ = ["NAMESPACE", "define", "register"]
+__all__ = ["NAMESPACE", "define", "may_be_differentiated", "register"]
 
 NAMESPACE = "torch_kronlik"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -94,7 +94,7 @@ def _below_autograd(op: Any) -> Callable[..., Any]:
     return redispatch
 
 
-def _needs_rule(args: Sequence[Any]) -> bool:
+def may_be_differentiated(*args: Any) -> bool:
     """Whether a derivative may be asked for at this or, under a transform, at another level."""
     return (
         (torch.is_grad_enabled() and _any_requires_grad(*args))
@@ -122,7 +122,7 @@ def _autograd_kernel(op: Any, vjp: Vjp | None, jvp: Jvp | None) -> Callable[...,
     below = _below_autograd(op)
     single = len(op._schema.returns) == 1
 
-    class Rule(_SingleLevelFunction):  # type: ignore[misc]
+    class Rule(_SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
             with _transform_levels_enabled():
@@ -165,10 +165,10 @@ def _autograd_kernel(op: Any, vjp: Vjp | None, jvp: Jvp | None) -> Callable[...,
             return full[0] if single else full
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        if not _needs_rule(args):
+        if not may_be_differentiated(*args):
             return below(keyset, *args)
         with enable_single_level_autograd_function():
-            return Rule.apply(keyset, *args)
+            return Rule.apply(keyset, *args)  # type: ignore[attr-defined]
 
     return kernel
 
@@ -176,9 +176,7 @@ def _autograd_kernel(op: Any, vjp: Vjp | None, jvp: Jvp | None) -> Callable[...,
 # --- batching -----------------------------------------------------------------------------------
 
 
-def _vmap_rule(
-    op: Any, core_dims: CoreDims, batch_shapes: Sequence[int]
-) -> Callable[..., Any]:
+def _vmap_rule(op: Any, core_dims: CoreDims, batch_shapes: Sequence[int]) -> Callable[..., Any]:
     """Mapped dimensions in front, ones after them where an argument's batch shape is shorter.
 
     Every mapped argument then has more batch dimensions than any argument that is not mapped, so
@@ -188,7 +186,9 @@ def _vmap_rule(
     def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
         cores_in, cores_out = core_dims(*args)
         moved = list(args)
-        tensors = [(i, in_dims[i], c) for i, c in enumerate(cores_in) if isinstance(args[i], Tensor)]
+        tensors = [
+            (i, in_dims[i], c) for i, c in enumerate(cores_in) if isinstance(args[i], Tensor)
+        ]
         rank = max(args[i].dim() - (d is not None) - c for i, d, c in tensors)
         for i, d, c in tensors:
             if d is not None:

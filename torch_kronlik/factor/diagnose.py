@@ -1,4 +1,4 @@
-"""Why a computation failed, in the user's terms. Called only after it did, so good input pays nothing."""
+"""Why a computation failed, in the user's terms: called only after it did."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-__all__ = ["batch_element", "not_positive_definite", "raise_if_not_finite", "require_finite"]
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+__all__ = [
+    "LinAlgError",
+    "batch_element",
+    "not_positive_definite",
+    "raise_if_not_finite",
+    "require_finite",
+]
 
 
 def batch_element(bad: Tensor) -> str:
@@ -24,13 +32,11 @@ def raise_if_not_finite(**arguments: Tensor | None) -> None:
         if value is None or bool(torch.isfinite(value).all()):
             continue
         index = tuple(int(i) for i in (~torch.isfinite(value)).nonzero()[0])
-        raise ValueError(
-            f"{name} must be finite, but {name}{list(index)} is {float(value[index])}"
-        )
+        raise ValueError(f"{name} must be finite, but {name}{list(index)} is {float(value[index])}")
 
 
 def not_positive_definite(what: str, bad: Tensor) -> NoReturn:
-    raise torch.linalg.LinAlgError(f"{what} is not positive definite{batch_element(bad)}")
+    raise LinAlgError(f"{what} is not positive definite{batch_element(bad)}")
 
 
 def require_finite(result: Tensor, **arguments: Tensor | None) -> None:

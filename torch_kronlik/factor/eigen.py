@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .diagnose import not_positive_definite, raise_if_not_finite
+from .diagnose import LinAlgError, not_positive_definite, raise_if_not_finite
 
 __all__ = ["eigen", "whiten"]
 
@@ -44,6 +44,7 @@ def whiten(
 
 
 def _cholesky(Sigma: Tensor) -> Tensor:
+    L: Tensor
     L, info = torch.linalg.cholesky_ex(Sigma)
     if bool(info.any()):
         raise_if_not_finite(Sigma=Sigma)
@@ -54,7 +55,7 @@ def _cholesky(Sigma: Tensor) -> Tensor:
 def _eigh(X: Tensor, **arguments: Tensor) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(X)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         raise_if_not_finite(**arguments)
         raise
     if not bool(torch.isfinite(values).all()):

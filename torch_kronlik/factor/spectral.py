@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops import kron_diag
-from .batch import sum_to, symmetric
+from .batch import symmetric
 
 __all__ = ["Spectral"]
 
@@ -33,13 +33,12 @@ class Spectral(NamedTuple):
         """W (*batch, T, D)."""
         return 1 / (1 + self.s[..., :, None] * self.lam[..., None, :])
 
-    def quad_logdet(self, Y: Tensor) -> tuple[Tensor, ...]:
+    def quad_logdet(self, Y: Tensor | None) -> tuple[Tensor, ...]:
         """(inv_quad, logdet), then what the gradients reuse: the scaled data and the sums of W."""
-        Z, logdet, inv_quad, *sums = kron_diag(self.s, self.lam, self.P.mT @ Y @ self.R)
-        return inv_quad, logdet + self.s.shape[-1] * self.logdet_noise, Z, *sums
-
-    def logdet(self) -> Tensor:
-        return kron_diag(self.s, self.lam, None)[1] + self.s.shape[-1] * self.logdet_noise
+        data = None if Y is None else self.P.mT @ Y @ self.R
+        Z, logdet, inv_quad, *sums = kron_diag(self.s, self.lam, data)
+        logdet = logdet + self.s.shape[-1] * self.logdet_noise
+        return torch.zeros_like(logdet) if Y is None else inv_quad, logdet, Z, *sums
 
     def solve(self, Y: Tensor) -> Tensor:
         return self.solve_scaled(kron_diag(self.s, self.lam, self.P.mT @ Y @ self.R)[0])
@@ -50,7 +49,7 @@ class Spectral(NamedTuple):
 
     def sums(self) -> Sequence[Tensor]:
         """W λ, Wᵀ s and Wᵀ 1."""
-        return kron_diag(self.s, self.lam, None)[3:]
+        return kron_diag(self.s, self.lam)[3:]
 
     def rows(self, weights: Tensor) -> Tensor:
         """P Diag(weights) Pᵀ."""
@@ -81,9 +80,10 @@ class Spectral(NamedTuple):
         m_columns = (W2 * m[..., :, None]).sum(-2)
         sW = s[..., :, None] * W
         cross = sW.mT @ W
-        HM = torch.diag_embed((W2 * (k - lam * n)[..., None, :]).sum(-1)) - (
-            (W * lam.square()[..., None, :]) @ W.mT
-        ) * Mh
+        HM = (
+            torch.diag_embed((W2 * (k - lam * n)[..., None, :]).sum(-1))
+            - ((W * lam.square()[..., None, :]) @ W.mT) * Mh
+        )
         HK = torch.diag_embed(m_columns) - (sW.mT @ sW) * Kh - cross * Sh
         HS = torch.diag_embed(-lam * m_columns) - cross * Kh - (W.mT @ W) * Sh
         return (
@@ -95,6 +95,3 @@ class Spectral(NamedTuple):
 
 def _diagonal(X: Tensor) -> Tensor:
     return X.diagonal(dim1=-2, dim2=-1) if X.dim() else X[None]
-
-
-Spectral.core_dims = [1, 2, 1, 2, 0]  # type: ignore[attr-defined]

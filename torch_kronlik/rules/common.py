@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..factor import ROUTES
+from ..factor import CORE_DIMS, ROUTES, Spectral
 from ..factor.batch import outer_to, sum_to, symmetric
 
 Maybe = Tensor | None
@@ -40,7 +40,7 @@ class Covariance(NamedTuple):
     route: str
 
     @property
-    def factor(self) -> Any:
+    def factor(self) -> Spectral:
         return ROUTES[self.route](*self[4:9])
 
     @property
@@ -55,12 +55,12 @@ class Covariance(NamedTuple):
     @property
     def batch(self) -> torch.Size:
         rows = self.f0.shape[:-1] if self.M is None else self.M.shape[:-2]
-        return torch.broadcast_shapes(rows, self.K.shape[:-2], self.noise_batch)
+        return torch.Size(torch.broadcast_shapes(rows, self.K.shape[:-2], self.noise_batch))
 
     @property
     def core(self) -> list[Any]:
         """The trailing dimensions of each argument that are not batch."""
-        return [2, 2, 2, 1, *ROUTES[self.route].core_dims, None]
+        return [2, 2, 2, 1, *CORE_DIMS[self.route], None]
 
     def named(self) -> dict[str, Maybe]:
         return {"M": self.M, "K": self.K, "Sigma": self.Sigma, "log_noise": self.log_noise}
@@ -97,7 +97,7 @@ def noise_matmul(c: Covariance, X: Tensor) -> Tensor:
 def product_gradients(
     Z: Tensor, A: Tensor, c: Covariance, to: Sequence[Shape | None], *, symmetrise: bool = True
 ) -> list[Maybe]:
-    """Gradients of −⟨Z, M A K + A Σ⟩ in M, K, Sigma and log_noise, summed to the batch shapes ``to``.
+    """Gradients of −⟨Z, M A K + A Σ⟩ in (M, K, Sigma, log_noise), summed to batch shapes ``to``.
 
     They are symmetric by themselves where Z is a multiple of A.
     """

@@ -31,9 +31,7 @@ def to_arguments(
     gradients: Sequence[Tensor], c: Covariance, to: Sequence[Shape | None]
 ) -> list[Maybe]:
     """Gradients in (M, K, Σ) summed to ``to``, and from Σ's the one in log_noise."""
-    out = [
-        None if b is None else sum_to(g, b, 2) for g, b in zip(gradients, to[:3], strict=True)
-    ]
+    out = [None if b is None else sum_to(g, b, 2) for g, b in zip(gradients, to[:3], strict=True)]
     if to[3] is None or c.log_noise is None:
         return [*out, None]
     diagonal = gradients[2].diagonal(dim1=-2, dim2=-1)

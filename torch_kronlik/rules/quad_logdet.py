@@ -1,4 +1,6 @@
-"""yᵀU⁻¹y and log det U from one pass over the data, with everything that their gradients need.
+"""yᵀU⁻¹y and log det U from one pass over the data, with what their gradients need.
+
+Y = None asks for log det U alone.
 
 The gradient is an operator of its own, so that reverse mode costs no more than the gradients that
 are asked for. It is the gradient of φ = g_q·inv_quad + g_l·logdet, and its own derivative is the
@@ -35,7 +37,7 @@ __all__ = ["quad_logdet"]
 _SAVED = "Tensor scaled, Tensor row, Tensor col_s, Tensor col_1"
 
 
-def _quad_logdet(Y: Tensor, *covariance: Any) -> tuple[Tensor, ...]:
+def _quad_logdet(Y: Maybe, *covariance: Any) -> tuple[Tensor, ...]:
     c = Covariance(*covariance)
     inv_quad, logdet, *saved = c.factor.quad_logdet(Y)
     require_finite(logdet, **c.named())
@@ -43,11 +45,15 @@ def _quad_logdet(Y: Tensor, *covariance: Any) -> tuple[Tensor, ...]:
     return inv_quad, logdet, *saved
 
 
-def _quad_logdet_fake(Y: Tensor, *covariance: Any) -> tuple[Tensor, ...]:
+def _quad_logdet_fake(Y: Maybe, *covariance: Any) -> tuple[Tensor, ...]:
     c = Covariance(*covariance)
-    batch, (T, D) = torch.broadcast_shapes(Y.shape[:-2], c.batch), c.shape
-    shapes = [batch, c.batch, (*batch, T, D), (*c.batch, T), (*c.batch, D), (*c.batch, D)]
-    return tuple(Y.new_empty(shape) for shape in shapes)
+    batch, (T, D) = c.batch, c.shape
+    scaled: tuple[int, ...] = (0,)
+    if Y is not None:
+        batch = torch.broadcast_shapes(Y.shape[:-2], batch)
+        scaled = (*batch, T, D)
+    shapes = [batch, c.batch, scaled, (*c.batch, T), (*c.batch, D), (*c.batch, D)]
+    return tuple(c.K.new_empty(shape) for shape in shapes)
 
 
 def _vjp(inputs: Any, outputs: Any, grads: Any, needs: Any) -> list[Maybe]:
@@ -63,9 +69,7 @@ def _jvp(inputs: Any, outputs: Any, tangents: Any) -> list[Maybe]:
 def _first_order(inputs: Any, scaled: Tensor, V: Sequence[Maybe]) -> tuple[Maybe, Maybe]:
     """The derivatives of (inv_quad, logdet) along V in (Y, M, K, Sigma, log_noise)."""
     c = Covariance(*inputs[1:])
-    A = solve(*inputs, scaled)
-    right = minus(None if V[0] is None else 2 * V[0], product_tangent(A, c, V[1:]))
-    dq = None if right is None else (A * right).sum((-2, -1))
+    dq = None if inputs[0] is None else _first_order_q(solve(*inputs, scaled), c, V)
     along = directions(c, V[1:])
     if all(v is None for v in along):
         return dq, None
@@ -74,8 +78,13 @@ def _first_order(inputs: Any, scaled: Tensor, V: Sequence[Maybe]) -> tuple[Maybe
     return dq, sum(terms[1:], terms[0])
 
 
+def _first_order_q(A: Tensor, c: Covariance, V: Sequence[Maybe]) -> Maybe:
+    right = minus(None if V[0] is None else 2 * V[0], product_tangent(A, c, V[1:]))
+    return None if right is None else (A * right).sum((-2, -1))
+
+
 quad_logdet = define(
-    f"quad_logdet(Tensor Y, {COVARIANCE}) -> (Tensor inv_quad, Tensor logdet, {_SAVED})",
+    f"quad_logdet(Tensor? Y, {COVARIANCE}) -> (Tensor inv_quad, Tensor logdet, {_SAVED})",
     _quad_logdet,
     _quad_logdet_fake,
 )
@@ -87,7 +96,7 @@ register(
 )
 
 
-# --- the gradient: quad_logdet_gradient(g_q, g_l, Y, *covariance, *saved, *to) ---------------------
+# --- the gradient: quad_logdet_gradient(g_q, g_l, Y, *covariance, *saved, *to) -------------------
 # ``to`` holds the batch shapes of the gradients in (Y, M, K, Sigma, log_noise), None for those that
 # are not asked for; the sums over broadcast batch dimensions are taken inside.
 
@@ -99,9 +108,8 @@ def _gradient_or_none(g: Any, inputs: Any, saved: Any, to: Sequence[Shape | None
 
 def _gradient(*args: Any) -> tuple[Tensor, ...]:
     g_q, g_l, Y, c, saved, to = *args[:3], Covariance(*args[3:13]), args[13:17], args[17:]
-    out: list[Maybe] = [None if to[0] is None else Y.new_zeros((*to[0], *Y.shape[-2:]))]
-    out += [None] * 4
-    if g_q is not None:
+    out: list[Maybe] = [None if to[0] is None else c.K.new_zeros((*to[0], *c.shape)), *[None] * 4]
+    if g_q is not None and Y is not None:
         A = c.factor.solve_scaled(saved[0])
         Z = g_q[..., None, None] * A
         out[0] = None if to[0] is None else 2 * sum_to(Z, to[0], 2)
@@ -109,7 +117,7 @@ def _gradient(*args: Any) -> tuple[Tensor, ...]:
     if g_l is not None:
         parts = _logdet_gradient(c, [g_l[..., None] * x for x in saved[1:]], to[1:])
         out[1:] = map(plus, out[1:], parts)
-    return tuple(Y.new_empty(0) if x is None else x.contiguous() for x in out)
+    return tuple(c.K.new_empty(0) if x is None else x.contiguous() for x in out)
 
 
 def _logdet_gradient(
@@ -137,18 +145,18 @@ def _sum_shared(f: Any, weights: Tensor, to: Shape) -> Tensor:
 
 
 def _gradient_fake(*args: Any) -> tuple[Tensor, ...]:
-    Y, to = args[2], args[17:]
-    T, D = Y.shape[-2:]
+    c, to = Covariance(*args[3:13]), args[17:]
+    T, D = c.shape
     cores = ((T, D), (T, T), (D, D), (D, D), (D,))
     shapes = [(0,) if b is None else (*b, *core) for b, core in zip(to, cores, strict=True)]
-    return tuple(Y.new_empty(shape) for shape in shapes)
+    return tuple(c.K.new_empty(shape) for shape in shapes)
 
 
 def _hessian_product(args: Any, to: Sequence[Shape | None], V: Sequence[Maybe]) -> list[Maybe]:
     """The derivative of φ's gradient along V in (Y, M, K, Sigma, log_noise), summed to ``to``."""
     g_q, g_l, c = args[0], args[1], Covariance(*args[3:13])
     out: list[Maybe] = [None] * 5
-    if g_q is not None:
+    if g_q is not None and args[2] is not None:
         out = _hessian_product_q(g_q[..., None, None], solve(*args[2:14]), c, to, V)
     along = directions(c, V[1:])
     if g_l is not None and any(v is not None for v in along):
@@ -199,7 +207,7 @@ def _gradient_core(*args: Any) -> tuple[list[Any], list[int]]:
 
 
 quad_logdet_gradient = define(
-    f"quad_logdet_gradient(Tensor? g_q, Tensor? g_l, Tensor Y, {COVARIANCE}, {_SAVED},"
+    f"quad_logdet_gradient(Tensor? g_q, Tensor? g_l, Tensor? Y, {COVARIANCE}, {_SAVED},"
     " SymInt[]? to_Y, SymInt[]? to_M, SymInt[]? to_K, SymInt[]? to_Sigma, SymInt[]? to_log)"
     " -> (Tensor gY, Tensor gM, Tensor gK, Tensor gSigma, Tensor glog)",
     _gradient,

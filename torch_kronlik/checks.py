@@ -1,0 +1,84 @@
+"""Checks of the arguments that every function shares; each error names the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "check_broadcast",
+    "check_data",
+    "check_floating",
+    "check_noise",
+    "check_square",
+    "check_uniform",
+]
+
+
+def check_floating(**tensors: object) -> None:
+    """Each is a float32 or float64 tensor."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float32 or float64, got {value.dtype}")
+
+
+def check_uniform(**tensors: Tensor | None) -> None:
+    """All share the dtype and the device of the first."""
+    check_floating(**{name: x for name, x in tensors.items() if x is not None})
+    present = [(name, x) for name, x in tensors.items() if x is not None]
+    first_name, first = present[0]
+    for name, x in present[1:]:
+        if x.dtype != first.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {first_name}, {first.dtype}, got {x.dtype}"
+            )
+        if x.device != first.device:
+            raise ValueError(
+                f"{name} must be on the device of {first_name}, {first.device}, got {x.device}"
+            )
+
+
+def check_square(name: str, X: Tensor, letter: str, size: int | None = None) -> None:
+    shape = f"(*batch, {letter}, {letter})"
+    if X.dim() < 2 or X.shape[-2] != X.shape[-1]:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(X.shape)}")
+    if size is not None and X.shape[-1] != size:
+        raise ValueError(
+            f"{name} must have shape {shape} with {letter} = {size}, got {tuple(X.shape)}"
+        )
+
+
+def check_noise(K: Tensor, Sigma: Tensor | None, log_noise: Tensor | None) -> None:
+    """Exactly one noise argument, matching the D outputs of K."""
+    if (Sigma is None) == (log_noise is None):
+        got = "neither" if Sigma is None else "both"
+        raise ValueError(f"exactly one of Sigma and log_noise must be given, got {got}")
+    D = K.shape[-1]
+    if Sigma is not None:
+        check_square("Sigma", Sigma, "D", D)
+    elif log_noise is not None and (log_noise.dim() < 1 or log_noise.shape[-1] != D):
+        raise ValueError(
+            f"log_noise must have shape (*batch, D) with D = {D}, got {tuple(log_noise.shape)}"
+        )
+
+
+def check_data(name: str, Y: Tensor, shape: tuple[int, int]) -> None:
+    if Y.dim() < 2 or tuple(Y.shape[-2:]) != shape:
+        T, D = shape
+        raise ValueError(
+            f"{name} must have shape (*batch, T, D) with T = {T} (from M) and D = {D} (from K), "
+            f"got {tuple(Y.shape)}"
+        )
+
+
+def check_broadcast(**batches: Sequence[int]) -> torch.Size:
+    """The joint batch shape."""
+    try:
+        return torch.Size(torch.broadcast_shapes(*batches.values()))
+    except RuntimeError:
+        shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in batches.items())
+        raise ValueError(f"the batch shapes must broadcast, got {shapes}") from None

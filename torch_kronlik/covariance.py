@@ -1,0 +1,215 @@
+"""The covariance U = M ⊗ K + I_T ⊗ Σ as an object, and the functions over it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .checks import check_broadcast, check_data, check_noise, check_square, check_uniform
+from .derivatives import may_be_differentiated
+from .factor.batch import symmetric
+from .factor.diagnose import require_finite
+from .factor.plan import choose
+from .rules.common import Covariance, noise_matmul, rows_matmul
+from .rules.expansion import inverse_block_sum, inverse_blocks_diagonal
+from .rules.factorise import eigen, whiten
+from .rules.quad_logdet import quad_logdet
+from .rules.sample import root_matmul
+from .rules.solve import solve
+from .symmetric_eigen import SymmetricEigen
+
+__all__ = ["KroneckerPlusNoise"]
+
+_Maybe = TypeVar("_Maybe", Tensor, Tensor | None)
+
+
+class KroneckerPlusNoise:
+    """The covariance U = M ⊗ K + I_T ⊗ Σ of a T×D matrix whose rows are stacked.
+
+    It is factorised once, at the first operation that needs it; every later operation, derivatives
+    included, uses that factorisation. U itself is never formed, except by :meth:`to_dense`.
+
+    Args:
+        M: (*batch, T, T) symmetric positive semidefinite, or a :class:`SymmetricEigen` (constant).
+        K: (*batch, D, D) symmetric positive semidefinite.
+        Sigma: (*batch, D, D) symmetric positive definite noise covariance; or
+        log_noise: (*batch, D), the logarithms s of the noise variances, Σ = Diag(exp(s)).
+        method: "auto" or "spectral". Every method is exact to rounding.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device or shape does not fit.
+
+    The operations raise ValueError for an argument that is not finite and
+    ``torch.linalg.LinAlgError`` where Sigma or U is not positive definite.
+
+    Cost: O(T³ + D³) for the factorisation, O(T²·D + T·D²) for a solve; memory O(T² + T·D + D²).
+    Source: Rakitsch, Lippert, Borgwardt, Stegle 2013.
+
+    >>> U = KroneckerPlusNoise(torch.eye(3), torch.eye(2), log_noise=torch.zeros(2))
+    >>> U.shape, U.logdet()
+    (torch.Size([6, 6]), tensor(4.1589))
+    """
+
+    def __init__(
+        self,
+        M: Tensor | SymmetricEigen,
+        K: Tensor,
+        *,
+        Sigma: Tensor | None = None,
+        log_noise: Tensor | None = None,
+        method: str = "auto",
+    ) -> None:
+        self.M, self.K, self.Sigma, self.log_noise = M, K, Sigma, log_noise
+        self._rows = M.eigenvectors if isinstance(M, SymmetricEigen) else M
+        check_uniform(M=self._rows, K=K, Sigma=Sigma, log_noise=log_noise)
+        check_square("M", self._rows, "T")
+        check_square("K", K, "D")
+        check_noise(K, Sigma, log_noise)
+        self._noise_batch = Sigma.shape[:-2] if log_noise is None else log_noise.shape[:-1]  # type: ignore[union-attr]
+        self.batch_shape = check_broadcast(
+            M=self._rows.shape[:-2], K=K.shape[:-2], noise=self._noise_batch
+        )
+        self._route = choose(method)
+        self._factorised: Covariance | None = None
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """(T, D)."""
+        return torch.Size((self._rows.shape[-1], self.K.shape[-1]))
+
+    @property
+    def shape(self) -> torch.Size:
+        """(*batch, T·D, T·D)."""
+        n = self.event_shape.numel()
+        return torch.Size((*self.batch_shape, n, n))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.K.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.K.device
+
+    @property
+    def method_used(self) -> str:
+        """The route that "auto" stands for here."""
+        return self._route
+
+    def _factorise(self) -> Covariance:
+        if self._factorised is None:
+            constant = isinstance(self.M, SymmetricEigen)
+            s, P = self.M if isinstance(self.M, SymmetricEigen) else eigen(self.M)
+            lam, R, logdet_noise = whiten(self.K, self.Sigma, self.log_noise, s)
+            M = None if constant else self._rows
+            factor = (s, P, lam, R, logdet_noise)
+            self._factorised = Covariance(
+                M, self.K, self.Sigma, self.log_noise, *factor, self._route
+            )
+        return self._factorised
+
+    def _check_data(self, name: str, Y: Tensor) -> torch.Size:
+        check_uniform(**{"M": self._rows, name: Y})
+        check_data(name, Y, (self.event_shape[0], self.event_shape[1]))
+        return check_broadcast(**{name: Y.shape[:-2], "U": self.batch_shape})
+
+    def matmul(self, Y: Tensor) -> Tensor:
+        """U·Y = M Y K + Y Σ: (*batch, T, D), without a factorisation. Cost: O(T²·D + T·D²)."""
+        self._check_data("Y", Y)
+        c = self._products()
+        c = c._replace(M=_symmetric(c.M), K=_symmetric(c.K), Sigma=_symmetric(c.Sigma))
+        out = rows_matmul(c, Y @ self.K) + noise_matmul(c, Y)
+        require_finite(out, Y=Y, **c.named())
+        return out
+
+    def _products(self) -> Covariance:
+        """The factorisation where there is one, else what products with U need."""
+        if self._factorised is not None:
+            return self._factorised
+        s, P = self.M if isinstance(self.M, SymmetricEigen) else (self._rows, self._rows)
+        M = None if isinstance(self.M, SymmetricEigen) else self._rows
+        return Covariance(M, self.K, self.Sigma, self.log_noise, s, P, s, s, s, self._route)
+
+    def solve(self, Y: Tensor) -> Tensor:
+        """U⁻¹·Y: (*batch, T, D). Cost: O(T²·D + T·D²) after the factorisation."""
+        self._check_data("Y", Y)
+        out: Tensor = solve(Y, *self._factorise(), None)
+        return out
+
+    def logdet(self) -> Tensor:
+        """log det U: (*batch)."""
+        out: Tensor = quad_logdet(None, *self._factorise())[1]
+        return out
+
+    def inv_quad_logdet(self, Y: Tensor) -> tuple[Tensor, Tensor]:
+        """(vec(Y)ᵀ U⁻¹ vec(Y), log det U), each (*batch), from one factorisation."""
+        batch = self._check_data("Y", Y)
+        inv_quad, logdet = quad_logdet(Y, *self._factorise())[:2]
+        return inv_quad, logdet.expand(batch)
+
+    def inverse_block_diag_sum(self) -> Tensor:
+        """B, the sum of the D×D diagonal blocks of U⁻¹ and the gradient of log det U in Σ:
+        (*batch, D, D). Cost: O(T·D²) after the factorisation, O(T³) with derivatives."""
+        return inverse_block_sum(self._factorise())
+
+    def inverse_diagonal(self) -> Tensor:
+        """diag(U⁻¹): (*batch, T, D). Cost: O(T²·D) after the factorisation, O(T³·D) with
+        derivatives."""
+        return inverse_blocks_diagonal(self._factorise())
+
+    def diagonal(self) -> Tensor:
+        """diag(U), as (*batch, T, D): the variance of each entry."""
+        noise = self.log_noise.exp() if self.log_noise is not None else _diagonal(self.Sigma)
+        rows = (
+            (self.M.eigenvectors.square() @ self.M.eigenvalues[..., None])
+            if isinstance(self.M, SymmetricEigen)
+            else _diagonal(self.M)[..., None]
+        )
+        return rows * _diagonal(self.K)[..., None, :] + noise[..., None, :]
+
+    def sample(
+        self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draws from N(0, U): (*sample_shape, *batch, T, D), reparameterised.
+
+        Y = (P ⊗ LQ) Diag(√(1 + s_i λ_j)) (P ⊗ Q)ᵀ ε with Σ = L Lᵀ and standard normal ε, a smooth
+        function of M, K and Σ: gradients flow through it, to first order.
+
+        Cost: O(T²·D + T·D²) a draw after the factorisation.
+        """
+        shape = (*sample_shape, *self.batch_shape, *self.event_shape)
+        noise = torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
+        return root_matmul(self._factorise(), noise)
+
+    def to_dense(self) -> Tensor:
+        """U itself, (*batch, T·D, T·D): for small problems and for checking."""
+        T, M = self.event_shape[0], self.M
+        if isinstance(M, SymmetricEigen):
+            M = (M.eigenvectors * M.eigenvalues[..., None, :]) @ M.eigenvectors.mT
+        Sigma = self.Sigma if self.log_noise is None else torch.diag_embed(self.log_noise.exp())
+        assert Sigma is not None
+        M, K, Sigma = _symmetric(M), _symmetric(self.K), _symmetric(Sigma)
+        eye = torch.eye(T, dtype=self.dtype, device=self.device)
+        signal = M[..., :, None, :, None] * K[..., None, :, None, :]
+        U = signal + eye[:, None, :, None] * Sigma[..., None, :, None, :]
+        return U.reshape(self.shape)
+
+    def __repr__(self) -> str:
+        noise = "Sigma" if self.log_noise is None else "log_noise"
+        return (
+            f"{type(self).__name__}(shape={tuple(self.shape)}, T={self.event_shape[0]}, "
+            f"D={self.event_shape[1]}, noise={noise}, dtype={self.dtype}, device={self.device})"
+        )
+
+
+def _diagonal(X: Tensor | None) -> Tensor:
+    assert X is not None
+    return X.diagonal(dim1=-2, dim2=-1)
+
+
+def _symmetric(X: _Maybe) -> _Maybe:
+    """X, with a symmetric gradient."""
+    return symmetric(X) if X is not None and may_be_differentiated(X) else X

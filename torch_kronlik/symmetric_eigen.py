@@ -1,0 +1,59 @@
+"""A constant factor M, diagonalised once for many calls."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .checks import check_floating, check_square
+from .rules.factorise import eigen
+
+__all__ = ["SymmetricEigen", "symmetric_eigen"]
+
+
+class SymmetricEigen(NamedTuple):
+    """M = P Diag(s) Pᵀ by its eigenvalues and eigenvectors, a constant for differentiation.
+
+    Accepted wherever M is. Make one with :func:`symmetric_eigen`.
+
+    Args:
+        eigenvalues: s, (*batch, T), ascending.
+        eigenvectors: P, (*batch, T, T), orthonormal columns.
+    """
+
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+
+
+def symmetric_eigen(M: Tensor) -> SymmetricEigen:
+    """Diagonalise a symmetric positive semidefinite matrix that stays the same over many calls.
+
+    M = P Diag(s) Pᵀ. Every later evaluation with the result costs O(T²·D + T·D²).
+
+    Args:
+        M: (*batch, T, T), symmetric. Gradients do not flow through an eigendecomposition here, so
+            M must not require one: pass ``M.detach()``, or pass M itself to the functions.
+
+    Returns:
+        SymmetricEigen(eigenvalues (*batch, T), eigenvectors (*batch, T, T)).
+
+    Raises:
+        TypeError: M is not a float32 or float64 tensor.
+        ValueError: M is not square, requires a gradient, or is not finite.
+
+    Cost: O(T³), once.
+
+    >>> import torch
+    >>> s, P = symmetric_eigen(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+    >>> s
+    tensor([1., 2.])
+    """
+    check_floating(M=M)
+    check_square("M", M, "T")
+    if M.requires_grad:
+        raise ValueError(
+            "M requires a gradient, but symmetric_eigen(M) is a constant: pass M.detach(), "
+            "or pass M itself to the likelihood"
+        )
+    return SymmetricEigen(*eigen(M))
