@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Element", "add", "lift", "product", "scale"]
+__all__ = ["Element", "add", "join", "lift", "product", "scale"]
 
 Element = list[Tensor]
 
@@ -47,8 +47,14 @@ def lift(x: Tensor, dx: Tensor | None, dim: int, size: int) -> Tensor:
     """
     if dx is None and x.shape[dim] == 1:
         return x
-    dx = torch.zeros_like(x) if dx is None else dx
-    return torch.cat([_pad(x, dim, size), _pad(dx, dim, size)], dim)
+    return join(_pad(x, dim, size), torch.zeros_like(x) if dx is None else dx, dim)
+
+
+def join(x: Tensor, dx: Tensor, dim: int) -> Tensor:
+    """x + ε dx where dx may have fewer coefficients, and the batch dimensions broadcast."""
+    dx = _pad(dx, dim, x.shape[dim])
+    batch = torch.broadcast_shapes(x.shape[:dim], dx.shape[:dim])
+    return torch.cat([part.expand(*batch, *x.shape[dim:]) for part in (x, dx)], dim)
 
 
 def _pad(x: Tensor, dim: int, size: int) -> Tensor:

@@ -23,29 +23,51 @@ __all__ = ["THETA", "THETA_PADE", "Steps", "choose_steps", "squarings"]
 
 THETA = {
     torch.float64: {
-TABLE64
+        6: 0.005459,
+        8: 0.03193,
+        10: 0.09683,
+        12: 0.2093,
+        14: 0.3708,
+        16: 0.5784,
+        18: 0.8274,
+        20: 1.112,
+        22: 1.428,
+        24: 1.771,
+        26: 2.137,
+        28: 2.522,
+        30: 2.925,
+        32: 3.342,
+        34: 3.771,
     },
     torch.float32: {
-TABLE32
+        4: 0.02882,
+        6: 0.1513,
+        8: 0.3754,
+        10: 0.6781,
+        12: 1.037,
+        14: 1.437,
+        16: 1.866,
+        18: 2.317,
+        20: 2.785,
     },
 }
-THETA_PADE = PADE
+THETA_PADE = 4.299
 
 
 class Steps(NamedTuple):
-    """exp(X) = (e^(shift/count) T_degree((X − shift)/count))^count"""
+    """exp(X) = (e^(shift/number) T_degree((X − shift)/number))^number"""
 
     shift: Tensor  # (*batch, 1)
     degree: int
-    count: int
+    number: int
 
     @property
     def products(self) -> int:
-        return self.degree * self.count
+        return self.degree * self.number
 
 
 def choose_steps(shift: Tensor, norm: float, dtype: torch.dtype, *, spread: bool = False) -> Steps:
-    """The cheapest pair: fewest products with X, or least degree + count where ``spread``."""
+    """The cheapest pair: fewest products with X, or least degree + number where ``spread``."""
     pairs = [(m, max(1, math.ceil(norm / theta))) for m, theta in THETA[dtype].items()]
     m, s = min(pairs, key=lambda p: p[0] + p[1] if spread else p[0] * p[1])
     return Steps(shift, m, s)
