@@ -15,17 +15,17 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).parent
 # The libraries use the LibTorch stable ABI of torch 2.10: one binary loads in every later torch.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-COMMON = ["-O3", "-g0", "-std=c++17", STABLE_ABI]
+COMMON = ["-O3", "-std=c++17", STABLE_ABI]
 HOST = [
-    *COMMON,
     "-Wall",
     "-Wextra",
     "-fvisibility=hidden",
     # Error messages name the source file: relative to the project, not to the build machine.
     f"-ffile-prefix-map={ROOT.resolve()}/=",
-    # as system headers, so that warnings are about this project's code
-    *(f"-isystem{path}" for path in cpp_extension.include_paths()),
 ]
+# torch's headers as system headers, so that warnings are about this project's code.
+CXX = ["-g0", *COMMON, *HOST, *(f"-isystem{path}" for path in cpp_extension.include_paths())]
+NVCC = [*COMMON, *(f"-Xcompiler={flag}" for flag in (*HOST, "-Wno-unused-parameter"))]
 DEFAULT_ARCHS = "8.0;9.0+PTX"
 
 
@@ -63,7 +63,7 @@ def cpu_extension() -> Extension:
         "torch_kronlik._C",
         sources("*.cpp", "cpu/*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": HOST},
+        extra_compile_args={"cxx": CXX},
         depends=headers(),
         py_limited_api=True,
     )
@@ -78,7 +78,7 @@ def cuda_extension() -> Extension:
         sources("cuda/*.cu"),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("USE_CUDA", None)],
-        extra_compile_args={"cxx": HOST, "nvcc": [*COMMON, "-Xcompiler=-Wall,-Wextra"]},
+        extra_compile_args={"cxx": CXX, "nvcc": NVCC},
         depends=headers(),
         py_limited_api=True,
     )

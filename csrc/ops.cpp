@@ -10,4 +10,8 @@ STABLE_TORCH_LIBRARY(torch_kronlik, m) {
       "kron_diag_sums(Tensor s, Tensor lam)"
       " -> (Tensor logdet, Tensor row_sum, Tensor col_sum_s, Tensor col_sum_1)");
   m.def("kron_diag_scale(Tensor s, Tensor lam, Tensor Y) -> (Tensor Z, Tensor inv_quad)");
+  // What this build and machine have, for diagnostics.
+  m.def("cpu_instruction_set() -> str");
+  m.def("cuda_architectures() -> int[]");
+  m.def("pivoted_cholesky(Tensor M, SymInt max_rank) -> (Tensor F, Tensor rank)");
 }

@@ -3,10 +3,14 @@
 // Reads the sizes and strides of an op's tensors into what its kernel works with; the same on
 // every device.
 
+#include <cstdlib>
+#include <utility>
+
 #include "checks.h"
 #include "kernels/block_diag_expand.h"
 #include "kernels/block_diag_sum.h"
 #include "kernels/kron_diag_scale.h"
+#include "kernels/pivoted_cholesky.h"
 
 namespace torch_kronlik {
 
@@ -26,6 +30,20 @@ inline Blocks blocks_of(const Tensor& A, int64_t num_blocks) {
   s.block_stride = s.m * s.row_stride + s.n * s.col_stride;
   s.batch = batch_layout(A, 2, batch_sizes(A, 2));
   return s;
+}
+
+struct OutStrides {
+  int64_t row, col;
+};
+
+// Exchanges the roles of rows and columns where A is contiguous along its columns, so that n is
+// always the direction to run along. Returns the strides of the contiguous result in these roles.
+inline OutStrides run_along_contiguous(Blocks& s) {
+  const OutStrides strides{s.n, 1};
+  if (std::abs(s.row_stride) >= std::abs(s.col_stride)) return strides;
+  std::swap(s.m, s.n);
+  std::swap(s.row_stride, s.col_stride);
+  return {strides.col, strides.row};
 }
 
 inline BlockExpand expansion_of(const Tensor& S, int64_t num_blocks) {
@@ -77,6 +95,20 @@ inline KronDiagScale kron_diag_scale_of(const Tensor& s, const Tensor& lam, cons
   k.col_stride = Y.stride(Y.dim() - 1);
   k.y_batch = batch_layout(Y, 2, batch);
   return k;
+}
+
+inline PivotedCholesky pivoted_cholesky_of(const Tensor& M, int64_t max_rank) {
+  const char* op = "pivoted_cholesky";
+  check_min_dim(M, 2, op);
+  PivotedCholesky c;
+  c.T = M.size(M.dim() - 1);
+  STD_TORCH_CHECK(M.size(M.dim() - 2) == c.T, op, ": M is not square");
+  STD_TORCH_CHECK(max_rank >= 0, op, ": max_rank is negative");
+  c.max_rank = max_rank;
+  c.row_stride = M.stride(M.dim() - 2);
+  c.col_stride = M.stride(M.dim() - 1);
+  c.batch = batch_layout(M, 2, batch_sizes(M, 2));
+  return c;
 }
 
 }  // namespace torch_kronlik

@@ -1,8 +1,7 @@
 #include "../kernels/block_diag_sum.h"
 
-#include <cstdlib>
+#include <algorithm>
 #include <memory>
-#include <utility>
 
 #include "../shapes.h"
 #include "parallel.h"
@@ -10,39 +9,43 @@
 namespace torch_kronlik {
 namespace {
 
+// Partial sums of one tile stay in the first-level cache.
+constexpr int64_t kTileEntries = 1024;
+
 template <typename T>
-KRON_CLONES void sum_blocks_unit(const T* a, int64_t block_stride, int64_t count, int64_t n,
-                                 double* total) {
-  sum_blocks(a, block_stride, count, 1, n, total);
+KRON_CLONES void sum_tile_unit(const Blocks& s, const T* a, int64_t count, int64_t rows,
+                               double* total) {
+  sum_tile(s, a, count, rows, s.n, 1, total);
 }
 
 template <typename T>
-void sum_chunk_row(const Blocks& s, const T* a, int64_t chunk, int64_t i, double* total) {
-  const T* begin = a + s.chunk_begin(chunk) * s.block_stride + i * s.row_stride;
-  if (s.col_stride == 1) {
-    sum_blocks_unit(begin, s.block_stride, s.chunk_size(chunk), s.n, total);
-  } else {
-    sum_blocks(begin, s.block_stride, s.chunk_size(chunk), s.col_stride, s.n, total);
-  }
+void sum_tile_any(const Blocks& s, const T* a, int64_t count, int64_t rows, double* total) {
+  sum_tile(s, a, count, rows, s.n, s.col_stride, total);
 }
 
 // Partial sums (batch, chunk, m, n), then their sum over chunks in order.
 template <typename T>
-void run(const Blocks& s, const T* a, T* out, int64_t out_row_stride, int64_t out_col_stride) {
+void run(const Blocks& s, const T* a, T* out, OutStrides strides) {
   const int64_t chunks = s.chunks(), entries = s.m * s.n;
+  if (s.batch.count * entries == 0) return;
+  const int64_t tile_rows = std::clamp<int64_t>(kTileEntries / s.n, 1, s.m);
+  const int64_t tiles = (s.m + tile_rows - 1) / tile_rows;
+  const auto sum = s.col_stride == 1 ? sum_tile_unit<T> : sum_tile_any<T>;
   std::unique_ptr<double[]> partial(new double[s.batch.count * chunks * entries]);
-  parallel_items(s.batch.count * chunks * s.m, s.n * kBlocksPerChunk, [&](int64_t item) {
-    const int64_t i = item % s.m, chunk = item / s.m % chunks, b = item / s.m / chunks;
-    sum_chunk_row(s, a + s.batch.offset(b), chunk, i, partial.get() + item * s.n);
+  parallel_items(s.batch.count * chunks * tiles, tile_rows * s.n * kBlocksPerChunk, [&](int64_t q) {
+    const int64_t i = q % tiles * tile_rows, chunk = q / tiles % chunks, b = q / tiles / chunks;
+    const T* begin = a + s.batch.offset(b) + s.chunk_begin(chunk) * s.block_stride;
+    sum(s, begin + i * s.row_stride, s.chunk_size(chunk), std::min(tile_rows, s.m - i),
+        partial.get() + (b * chunks + chunk) * entries + i * s.n);
   });
   parallel_items(s.batch.count * s.m, s.n * chunks, [&](int64_t item) {
     const int64_t i = item % s.m, b = item / s.m;
-    T* row = out + b * entries + i * out_row_stride;
+    T* row = out + b * entries + i * strides.row;
     for (int64_t j = 0; j < s.n; ++j) {
       const double* p = partial.get() + b * chunks * entries + i * s.n + j;
       double total = 0;
       for (int64_t c = 0; c < chunks; ++c) total += p[c * entries];
-      row[j * out_col_stride] = static_cast<T>(total);
+      row[j * strides.col] = static_cast<T>(total);
     }
   });
 }
@@ -50,16 +53,10 @@ void run(const Blocks& s, const T* a, T* out, int64_t out_row_stride, int64_t ou
 Tensor block_diag_sum(const Tensor& A, int64_t num_blocks) {
   Blocks s = blocks_of(A, num_blocks);
   Tensor out = torch::stable::new_empty(A, concat(batch_sizes(A, 2), {s.m, s.n}));
-  int64_t out_row_stride = s.n, out_col_stride = 1;
-  // Run along the direction in which A is contiguous.
-  if (std::abs(s.row_stride) < std::abs(s.col_stride)) {
-    std::swap(s.m, s.n);
-    std::swap(s.row_stride, s.col_stride);
-    std::swap(out_row_stride, out_col_stride);
-  }
+  const OutStrides strides = run_along_contiguous(s);
   dispatch_floating(A, "block_diag_sum", [&](auto zero) {
     using T = decltype(zero);
-    run(s, A.const_data_ptr<T>(), out.mutable_data_ptr<T>(), out_row_stride, out_col_stride);
+    run(s, A.const_data_ptr<T>(), out.mutable_data_ptr<T>(), strides);
   });
   return out;
 }

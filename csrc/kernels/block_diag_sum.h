@@ -24,26 +24,38 @@ struct Blocks {
   }
 };
 
-// total[j] = Σ_k a[k * block_stride + j * stride] for j < n, k < count. Four blocks at a time:
-// four streams of loads are in flight, and total is read and written a quarter as often.
+// total[j] += the sum of `count` blocks' entries a[k * block_stride + j * stride], j < n.
+template <int count, typename T>
+KRON_HD void add_runs(const T* __restrict__ a, int64_t block_stride, int64_t stride, int64_t n,
+                      double* __restrict__ total) {
+  for (int64_t j = 0; j < n; ++j) {
+    double sum = static_cast<double>(a[j * stride]);
+    for (int k = 1; k < count; ++k) {
+      sum += static_cast<double>(a[k * block_stride + j * stride]);
+    }
+    total[j] += sum;
+  }
+}
+
+// total (rows, n) = the sum over one chunk of blocks of the tile that begins at a in its first
+// block. Four blocks at a time: four streams of loads are in flight, and total is read and
+// written a quarter as often. Rows inside: they are closer in memory than blocks.
 template <typename T>
-KRON_HD void sum_blocks(const T* a, int64_t block_stride, int64_t count, int64_t stride, int64_t n,
-                        double* total) {
-  for (int64_t j = 0; j < n; ++j) total[j] = 0;
+KRON_HD void sum_tile(const Blocks& s, const T* a, int64_t count, int64_t rows, int64_t n,
+                      int64_t stride, double* total) {
+  for (int64_t e = 0; e < rows * n; ++e) total[e] = 0;
   int64_t k = 0;
   for (; k + 4 <= count; k += 4) {
-    const T* a0 = a + k * block_stride;
-    const T* a1 = a0 + block_stride;
-    const T* a2 = a1 + block_stride;
-    const T* a3 = a2 + block_stride;
-    for (int64_t j = 0; j < n; ++j) {
-      total[j] += (static_cast<double>(a0[j * stride]) + static_cast<double>(a1[j * stride])) +
-                  (static_cast<double>(a2[j * stride]) + static_cast<double>(a3[j * stride]));
+    for (int64_t i = 0; i < rows; ++i) {
+      add_runs<4>(a + k * s.block_stride + i * s.row_stride, s.block_stride, stride, n,
+                  total + i * n);
     }
   }
   for (; k < count; ++k) {
-    const T* a0 = a + k * block_stride;
-    for (int64_t j = 0; j < n; ++j) total[j] += static_cast<double>(a0[j * stride]);
+    for (int64_t i = 0; i < rows; ++i) {
+      add_runs<1>(a + k * s.block_stride + i * s.row_stride, s.block_stride, stride, n,
+                  total + i * n);
+    }
   }
 }
 

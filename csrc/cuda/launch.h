@@ -1,0 +1,75 @@
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <cstdint>
+#include <limits>
+
+#include "../checks.h"
+
+namespace torch_kronlik {
+
+constexpr int kThreads = 256;
+
+// The device of an op's tensors, made current while it lives, and the stream to launch on.
+class Launcher {
+ public:
+  explicit Launcher(const Tensor& t) : guard_(t.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  // One thread for every item; the kernel compares its thread_index() with its item count.
+  template <typename... Params, typename... Args>
+  void threads(int64_t items, void (*kernel)(Params...), Args... args) const {
+    blocks((items + kThreads - 1) / kThreads, kernel, args...);
+  }
+
+  // `count` blocks of kThreads threads; no items launch nothing.
+  template <typename... Params, typename... Args>
+  void blocks(int64_t count, void (*kernel)(Params...), Args... args) const {
+    if (count == 0) return;
+    STD_TORCH_CHECK(count <= std::numeric_limits<int32_t>::max(), "too large for one CUDA grid");
+    kernel<<<static_cast<unsigned>(count), kThreads, 0, stream_>>>(args...);
+    const cudaError_t error = cudaGetLastError();
+    STD_TORCH_CHECK(error == cudaSuccess, "CUDA launch failed: ", cudaGetErrorString(error));
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+// Scratch memory of the current stream.
+inline Tensor scratch(const Tensor& like, int64_t count) {
+  return torch::stable::new_empty(like, {count}, ScalarType::Double);
+}
+
+__device__ __forceinline__ int64_t thread_index() {
+  return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+}
+
+// The sum of one value from each thread of a block, in a fixed order; thread 0 gets the result.
+__device__ __forceinline__ double block_sum(double value) {
+  __shared__ double shared[kThreads];
+  shared[threadIdx.x] = value;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+  }
+  return shared[0];
+}
+
+// out[b] = Σ of values (count, n), row b by block b.
+template <typename T>
+__global__ void sum_rows(const double* __restrict__ values, int64_t n, T* __restrict__ out) {
+  double total = 0;
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) total += values[blockIdx.x * n + i];
+  total = block_sum(total);
+  if (threadIdx.x == 0) out[blockIdx.x] = static_cast<T>(total);
+}
+
+}  // namespace torch_kronlik

@@ -1,0 +1,57 @@
+#pragma once
+
+// M ≈ F Fᵀ by Cholesky with the largest remaining diagonal entry as pivot, stopped where the rest
+// E = M - F Fᵀ is rounding: Σ|E_ii| <= T eps max M_ii. Then E is positive semidefinite with that
+// trace, if M is; and that M is, is tested on one vector: |E v| is bounded by the trace.
+
+#include <cmath>
+#include <limits>
+
+#include "../batch.h"
+
+namespace torch_kronlik {
+
+struct PivotedCholesky {
+  int64_t T, max_rank;
+  int64_t row_stride, col_stride;
+  BatchLayout batch;
+};
+
+// The tolerance on the trace of the rest.
+template <typename T>
+KRON_HD double trace_tolerance(int64_t size, double largest) {
+  return static_cast<double>(size) * static_cast<double>(std::numeric_limits<T>::epsilon()) *
+         largest;
+}
+
+// The tolerance on an entry of E v: |E v|_i <= sqrt(E_ii) Σ_j sqrt(E_jj) <= sqrt(T) tr E, and
+// rounding in F Fᵀ of the same order.
+KRON_HD double product_tolerance(int64_t size, double trace_tolerance) {
+  return 8 * std::sqrt(static_cast<double>(size)) * trace_tolerance;
+}
+
+// The entries +1 and -1 of v: the Thue-Morse sequence, which is orthogonal to smooth vectors.
+KRON_HD double test_sign(int64_t i) {
+  bool odd = false;
+  for (; i; i >>= 1) odd ^= (i & 1);
+  return odd ? -1.0 : 1.0;
+}
+
+// Σ_k a_k b_k in eight lanes, added in a fixed order.
+template <typename A, typename B>
+KRON_HD double lane_dot(const A* a, const B* b, int64_t count) {
+  constexpr int kLanes = 8;
+  double lane[kLanes] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= count; k += kLanes) {
+    for (int l = 0; l < kLanes; ++l) {
+      lane[l] += static_cast<double>(a[k + l]) * static_cast<double>(b[k + l]);
+    }
+  }
+  for (int l = 0; k < count; ++k, ++l) {
+    lane[l] += static_cast<double>(a[k]) * static_cast<double>(b[k]);
+  }
+  return ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
+}
+
+}  // namespace torch_kronlik
