@@ -95,9 +95,9 @@ def _local(powers: list[Tensor], A: Tensor, w: Tensor) -> Tensor:
 
 def _columns(d: Tensor, A: Tensor, v: Tensor) -> list[Any]:
     """The arguments of expm_action for w(d + ε e_k), in batch element k."""
-    n = d.shape[-1]
-    eye = torch.eye(n, dtype=d.dtype, device=d.device).view(n, *[1] * (d.dim() - 1), n)
-    along = torch.stack(torch.broadcast_tensors(d.unsqueeze(0), eye), -2)
+    *batch, n, _ = _shape(d, A, v)
+    eye = torch.eye(n, dtype=d.dtype, device=d.device).view(n, *[1] * len(batch), n)
+    along = torch.stack(torch.broadcast_tensors(d, eye), -2)
     return [along, A.unsqueeze(-3), torch.stack([v, torch.zeros_like(v)], -2), None, None, "action"]
 
 

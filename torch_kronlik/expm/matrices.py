@@ -6,6 +6,7 @@ along any direction, which is the case worth being fast.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -86,7 +87,7 @@ class CsrMatrix:
         self._transpose = [self._csr(x, crow_t, self.row[order]) for x in turned]
 
     def _csr(self, values: Tensor, crow: Tensor, col: Tensor) -> tuple[list[Tensor], torch.Size]:
-        flat = values.reshape(-1, values.shape[-1])
+        flat = values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
         crow = crow.to(col.dtype)
         return [
             torch.sparse_csr_tensor(crow, col, x, self.shape, check_invariants=False) for x in flat

@@ -25,7 +25,8 @@ def expm_diag_multiply(d: Tensor, A: Tensor, v: Tensor, *, method: str = "auto")
     Args:
         d: (*batch, n), the rates that scale the rows of A.
         A: (*batch, n, n), any real matrix, or (n, n) as a sparse CSR tensor, whose gradient then
-            has A's sparsity. X = Diag(d) A has no unit: rates times a time.
+            has A's sparsity (torch.compile takes no sparse tensors). X = Diag(d) A has no unit:
+            rates times a time.
         v: (*batch, n), in any unit, which is also that of the result. The batch dimensions
             broadcast; a shared A is never copied.
         method: "action", scaled Taylor steps with products by A and Aᵀ only; "dense", the matrix
@@ -56,14 +57,20 @@ def expm_diag_multiply(d: Tensor, A: Tensor, v: Tensor, *, method: str = "auto")
     check_arguments(d, A, v)
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    crow = col = None
-    entries = A.unsqueeze(-3) if A.layout == torch.strided else A.values().unsqueeze(-2)
-    if A.layout == torch.sparse_csr:
-        if method == "dense":
-            raise ValueError("method='dense' needs a dense A; call A.to_dense() first")
-        crow, col = A.crow_indices(), A.col_indices()
+    if method == "dense" and A.layout == torch.sparse_csr:
+        raise ValueError("method='dense' needs a dense A; call A.to_dense() first")
+    entries, crow, col = _components(A)
     w: Tensor = expm_action(d.unsqueeze(-2), entries, v.unsqueeze(-2), crow, col, method)
     return w.squeeze(-2)
+
+
+def _components(A: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The entries of A with their dimension of coefficients, and their places if it is sparse."""
+    if A.layout == torch.strided:
+        return A.unsqueeze(-3), None, None
+    # torch.func can wrap the components, but not the sparse tensor that they are taken from.
+    with torch._C._DisableFuncTorch():
+        return A.values().unsqueeze(-2), A.crow_indices(), A.col_indices()
 
 
 def expm_diag_jacobian(d: Tensor, A: Tensor, v: Tensor) -> Tensor:
@@ -93,6 +100,8 @@ def expm_diag_jacobian(d: Tensor, A: Tensor, v: Tensor) -> Tensor:
             [0., 0.]], dtype=torch.float64)
     """
     check_arguments(d, A, v)
-    dense = A.to_dense() if A.layout == torch.sparse_csr else A
-    J: Tensor = expm_jacobian(d, dense, v)
+    if A.layout == torch.sparse_csr:
+        with torch._C._DisableFuncTorch():
+            A = A.to_dense()
+    J: Tensor = expm_jacobian(d, A, v)
     return J

@@ -56,7 +56,7 @@ def _named(d: Tensor, A: Tensor, crow: Maybe) -> dict[str, Tensor]:
 def _use_action(method: str, matrix: Matrix, steps: Steps, n: int) -> bool:
     """Whether products with vectors are fewer than those of scaling and squaring cost."""
     if method == "auto":
-        return isinstance(matrix, CsrMatrix) or 2 * steps.products <= n
+        return isinstance(matrix, CsrMatrix) or steps.products <= n
     return method == "action"
 
 
