@@ -12,10 +12,10 @@ from .checks import check_broadcast, check_data, check_noise, check_square, chec
 from .derivatives import may_be_differentiated
 from .factor.batch import symmetric
 from .factor.diagnose import require_finite
-from .factor.plan import choose
+from .factor.plan import check_method
 from .rules.common import Covariance, noise_matmul, rows_matmul
 from .rules.expansion import inverse_block_sum, inverse_blocks_diagonal
-from .rules.factorise import eigen, whiten
+from .rules.factorise import eigen, factorise, known_rows
 from .rules.quad_logdet import quad_logdet
 from .rules.sample import root_matmul
 from .rules.solve import solve
@@ -37,7 +37,9 @@ class KroneckerPlusNoise:
         K: (*batch, D, D) symmetric positive semidefinite.
         Sigma: (*batch, D, D) symmetric positive definite noise covariance; or
         log_noise: (*batch, D), the logarithms s of the noise variances, Σ = Diag(exp(s)).
-        method: "auto" or "spectral". Every method is exact to rounding.
+        method: "auto", "spectral" (both factors diagonalised), "cholesky" (a T×T factorisation for
+            each non-zero eigenvalue of K) or "low_rank" (M of low numerical rank; another M goes
+            to "spectral"). Every method is exact to rounding; "auto" takes the cheapest.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device or shape does not fit.
@@ -72,8 +74,10 @@ class KroneckerPlusNoise:
         self.batch_shape = check_broadcast(
             M=self._rows.shape[:-2], K=K.shape[:-2], noise=self._noise_batch
         )
-        self._route = choose(method)
+        check_method(method)
+        self._method = method
         self._factorised: Covariance | None = None
+        self._full: Covariance | None = None
 
     @property
     def event_shape(self) -> torch.Size:
@@ -96,20 +100,29 @@ class KroneckerPlusNoise:
 
     @property
     def method_used(self) -> str:
-        """The route that "auto" stands for here."""
-        return self._route
+        """The route that "auto" stands for here; asking factorises."""
+        self._factorise()
+        return self._method
 
     def _factorise(self) -> Covariance:
         if self._factorised is None:
-            constant = isinstance(self.M, SymmetricEigen)
-            s, P = self.M if isinstance(self.M, SymmetricEigen) else eigen(self.M)
-            lam, R, logdet_noise = whiten(self.K, self.Sigma, self.log_noise, s)
-            M = None if constant else self._rows
-            factor = (s, P, lam, R, logdet_noise)
-            self._factorised = Covariance(
-                M, self.K, self.Sigma, self.log_noise, *factor, self._route
-            )
+            noise = (self.Sigma, self.log_noise)
+            if isinstance(self.M, SymmetricEigen):
+                self._factorised = known_rows(*self.M, self.K, *noise)
+                self._method = "spectral"
+            else:
+                found = factorise(self.M, self.K, *noise, self._method)
+                self._factorised, self._method = found
         return self._factorised
+
+    def _spectral(self) -> Covariance:
+        """The factorisation in the full spectral form, which some operations need."""
+        c = self._factorise()
+        if self._method != "spectral" and c.M is not None:
+            if self._full is None:
+                self._full = known_rows(*eigen(c.M), self.K, self.Sigma, self.log_noise, c.M)
+            return self._full
+        return c
 
     def _check_data(self, name: str, Y: Tensor) -> torch.Size:
         check_uniform(**{"M": self._rows, name: Y})
@@ -131,7 +144,7 @@ class KroneckerPlusNoise:
             return self._factorised
         s, P = self.M if isinstance(self.M, SymmetricEigen) else (self._rows, self._rows)
         M = None if isinstance(self.M, SymmetricEigen) else self._rows
-        return Covariance(M, self.K, self.Sigma, self.log_noise, s, P, s, s, s, self._route)
+        return Covariance(M, self.K, self.Sigma, self.log_noise, s, P, s, s, s, "spectral")
 
     def solve(self, Y: Tensor) -> Tensor:
         """U⁻¹·Y: (*batch, T, D). Cost: O(T²·D + T·D²) after the factorisation."""
@@ -153,12 +166,12 @@ class KroneckerPlusNoise:
     def inverse_block_diag_sum(self) -> Tensor:
         """B, the sum of the D×D diagonal blocks of U⁻¹ and the gradient of log det U in Σ:
         (*batch, D, D). Cost: O(T·D²) after the factorisation, O(T³) with derivatives."""
-        return inverse_block_sum(self._factorise())
+        return inverse_block_sum(self._spectral())
 
     def inverse_diagonal(self) -> Tensor:
         """diag(U⁻¹): (*batch, T, D). Cost: O(T²·D) after the factorisation, O(T³·D) with
         derivatives."""
-        return inverse_blocks_diagonal(self._factorise())
+        return inverse_blocks_diagonal(self._spectral())
 
     def diagonal(self) -> Tensor:
         """diag(U), as (*batch, T, D): the variance of each entry."""
@@ -182,7 +195,7 @@ class KroneckerPlusNoise:
         """
         shape = (*sample_shape, *self.batch_shape, *self.event_shape)
         noise = torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
-        return root_matmul(self._factorise(), noise)
+        return root_matmul(self._spectral(), noise)
 
     def to_dense(self) -> Tensor:
         """U itself, (*batch, T·D, T·D): for small problems and for checking."""

@@ -24,6 +24,7 @@ __all__ = [
     "kron_diag",
     "kron_diag_scale",
     "kron_diag_sums",
+    "pivoted_cholesky",
 ]
 
 _HERE = Path(__file__).parent
@@ -48,6 +49,7 @@ block_diag_sum = _native.block_diag_sum.default  # (A, num_blocks) -> out
 block_diag_expand = _native.block_diag_expand.default  # (S, num_blocks) -> I_p ⊗ S
 kron_diag_sums = _native.kron_diag_sums.default  # (s, lam) -> logdet, row_sum, col_sum_s, col_sum_1
 kron_diag_scale = _native.kron_diag_scale.default  # (s, lam, Y) -> Z, inv_quad
+pivoted_cholesky = _native.pivoted_cholesky.default  # (M, max_rank) -> F, rank (-1: too high)
 
 
 class KronDiag(NamedTuple):
@@ -107,11 +109,17 @@ def _kron_diag_scale_fake(s: Tensor, lam: Tensor, Y: Tensor) -> tuple[Tensor, Te
     return Y.new_empty((*batch, *Y.shape[-2:])), Y.new_empty(batch)
 
 
+def _pivoted_cholesky_fake(M: Tensor, max_rank: int) -> tuple[Tensor, Tensor]:
+    batch, T = M.shape[:-2], M.shape[-1]
+    return M.new_empty((*batch, T, max_rank)), M.new_empty(batch, dtype=torch.int64)
+
+
 for _op, _fake in (
     (block_diag_sum, _block_diag_sum_fake),
     (block_diag_expand, _block_diag_expand_fake),
     (kron_diag_sums, _kron_diag_sums_fake),
     (kron_diag_scale, _kron_diag_scale_fake),
+    (pivoted_cholesky, _pivoted_cholesky_fake),
 ):
     torch.library.register_fake(_op, _fake)
 
@@ -217,3 +225,6 @@ register(
     jvp=_scale_jvp,
     core_dims=lambda s, lam, Y: ([1, 1, 2], [2, 0]),
 )
+
+# Part of a factorisation, which is a constant for differentiation.
+register(pivoted_cholesky, core_dims=lambda M, max_rank: ([2, None], [2, 0]))

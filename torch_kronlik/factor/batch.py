@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["outer_to", "sum_to", "symmetric"]
+Shape = Sequence[int]
+
+__all__ = ["Shape", "outer_to", "sum_to", "symmetric"]
 
 
 def sum_to(tensor: Tensor, batch: Sequence[int], core: int) -> Tensor:
     """Sum the batch dimensions of ``tensor`` down to ``batch``; the last ``core`` stay."""
-    return tensor.sum_to_size(*batch, *tensor.shape[tensor.dim() - core :])
+    return tensor.sum_to_size((*batch, *tensor.shape[tensor.dim() - core :]))
 
 
 def outer_to(X: Tensor, Y: Tensor, batch: Sequence[int]) -> Tensor:

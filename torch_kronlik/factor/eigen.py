@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .diagnose import LinAlgError, not_positive_definite, raise_if_not_finite
 
-__all__ = ["eigen", "whiten"]
+__all__ = ["U", "eigen", "require_positive_definite", "rounded", "whiten"]
 
 U = "U = M ⊗ K + I ⊗ Sigma"
 
@@ -15,16 +15,13 @@ U = "U = M ⊗ K + I ⊗ Sigma"
 def eigen(M: Tensor) -> tuple[Tensor, Tensor]:
     """M = P Diag(s) Pᵀ with rounding below zero removed: (s, P)."""
     s, P = _eigh(M, M=M)
-    return _rounded(s), P.contiguous()
+    return rounded(s), P.contiguous()
 
 
 def whiten(
-    K: Tensor, Sigma: Tensor | None, log_noise: Tensor | None, s: Tensor
+    K: Tensor, Sigma: Tensor | None, log_noise: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """K and Sigma diagonalised together: (lam, R, log det Sigma) with RᵀΣR = I, RᵀKR = Diag(lam).
-
-    ``s`` are the eigenvalues of M, for the check that U is positive definite.
-    """
+    """K and Sigma diagonalised together, RᵀΣR = I and RᵀKR = Diag(lam): (lam, R, log det Sigma)."""
     if log_noise is not None:
         root = torch.exp(-0.5 * log_noise)
         whitened = root[..., :, None] * K * root[..., None, :]
@@ -38,9 +35,7 @@ def whiten(
         lam, Q = _eigh(whitened, K=K, Sigma=Sigma)
         R = torch.linalg.solve_triangular(L.mT, Q, upper=True)
         logdet_noise = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    lam = _rounded(lam)
-    _require_positive_definite(s, lam)
-    return lam, R.contiguous(), logdet_noise
+    return rounded(lam), R.contiguous(), logdet_noise
 
 
 def _cholesky(Sigma: Tensor) -> Tensor:
@@ -66,7 +61,7 @@ def _eigh(X: Tensor, **arguments: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def _rounded(values: Tensor) -> Tensor:
+def rounded(values: Tensor) -> Tensor:
     """Negative eigenvalues within the rounding error of ``eigh`` (n eps max|λ|) become the zeros
     that they stand for; a matrix that is truly indefinite keeps its negative eigenvalues."""
     if values.shape[-1] == 0:
@@ -76,11 +71,11 @@ def _rounded(values: Tensor) -> Tensor:
     return torch.where((values < 0) & (values >= below), 0.0, values)
 
 
-def _require_positive_definite(s: Tensor, lam: Tensor) -> None:
-    """1 + s_i λ_j > 0 for all i, j: it is bilinear, so the extreme eigenvalues decide."""
-    if s.numel() == 0 or lam.numel() == 0:
-        return
-    corners = s[..., [0, -1], None] * lam[..., None, [0, -1]]
-    least = 1 + corners.flatten(-2).amin(-1)
-    if not bool((least > 0).all()):
-        not_positive_definite(U, ~(least > 0))
+def require_positive_definite(s: Tensor, lam: Tensor) -> Tensor:
+    """``lam``, if 1 + s_i λ_j > 0 for all i, j; both ascending, so that the extremes decide."""
+    if s.numel() and lam.numel():
+        corners = s[..., [0, -1], None] * lam[..., None, [0, -1]]
+        least = 1 + corners.flatten(-2).amin(-1)
+        if not bool((least > 0).all()):
+            not_positive_definite(U, ~(least > 0))
+    return lam.clone()

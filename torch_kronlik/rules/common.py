@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..factor import CORE_DIMS, ROUTES, Spectral
+from ..factor import CORE_DIMS, ROUTES, Cholesky, Spectral
 from ..factor.batch import outer_to, sum_to, symmetric
 
 Maybe = Tensor | None
@@ -40,13 +40,19 @@ class Covariance(NamedTuple):
     route: str
 
     @property
-    def factor(self) -> Spectral:
+    def factor(self) -> Spectral | Cholesky:
         return ROUTES[self.route](*self[4:9])
+
+    @property
+    def spectral(self) -> Spectral:
+        """The factor, where it is known to be in spectral form."""
+        assert self.route == "spectral"
+        return Spectral(*self[4:9])
 
     @property
     def shape(self) -> tuple[int, int]:
         """(T, D)"""
-        return self.f0.shape[-1], self.K.shape[-1]
+        return self.factor.size, self.K.shape[-1]
 
     @property
     def noise_batch(self) -> torch.Size:

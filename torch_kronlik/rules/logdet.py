@@ -42,9 +42,13 @@ def to_arguments(
 
 
 def _gradients(*inputs: Any) -> tuple[Tensor, ...]:
-    f = Covariance(*inputs).factor
-    row, col_s, col_1 = f.sums()
-    return f.rows(row), f.columns(col_s), f.columns(col_1)
+    c = Covariance(*inputs)
+    f, one = c.factor, c.K.new_ones(c.batch)
+    row, col_s, col_1 = f.sums(c.M)
+    gM = f.rows(row, one, None, None, c.batch)
+    shapes = [x.shape for x in _gradients_fake(*inputs)]
+    found = (gM, f.columns(col_s), f.columns(col_1))
+    return tuple(x.expand(s).contiguous() for x, s in zip(found, shapes, strict=True))
 
 
 def _gradients_fake(*inputs: Any) -> tuple[Tensor, ...]:
@@ -83,7 +87,8 @@ register(
 
 
 def _hvp(*inputs: Any) -> tuple[Tensor, ...]:
-    out = Covariance(*inputs[:10]).factor.logdet_hvp(*inputs[10:])
+    c = Covariance(*inputs[:10])
+    out = c.factor.logdet_hvp(c.M, *inputs[10:])
     return tuple(x.expand(s).contiguous() for x, s in zip(out, _hvp_shapes(inputs), strict=True))
 
 

@@ -52,7 +52,9 @@ def _quad_logdet_fake(Y: Maybe, *covariance: Any) -> tuple[Tensor, ...]:
     if Y is not None:
         batch = torch.broadcast_shapes(Y.shape[:-2], batch)
         scaled = (*batch, T, D)
-    shapes = [batch, c.batch, scaled, (*c.batch, T), (*c.batch, D), (*c.batch, D)]
+    row, column = (c.f0.shape[-1], D) if c.route == "spectral" else (0, 0)
+    inner = c.batch
+    shapes = [batch, inner, scaled, (*inner, row), (*inner, column), (*inner, column)]
     return tuple(c.K.new_empty(shape) for shape in shapes)
 
 
@@ -109,26 +111,31 @@ def _gradient_or_none(g: Any, inputs: Any, saved: Any, to: Sequence[Shape | None
 def _gradient(*args: Any) -> tuple[Tensor, ...]:
     g_q, g_l, Y, c, saved, to = *args[:3], Covariance(*args[3:13]), args[13:17], args[17:]
     out: list[Maybe] = [None if to[0] is None else c.K.new_zeros((*to[0], *c.shape)), *[None] * 4]
+    left = A = None
     if g_q is not None and Y is not None:
         A = c.factor.solve_scaled(saved[0])
         Z = g_q[..., None, None] * A
+        left = -(Z @ c.K)
         out[0] = None if to[0] is None else 2 * sum_to(Z, to[0], 2)
-        out[1:] = product_gradients(Z, A, c, to[1:], symmetrise=False)
-    if g_l is not None:
-        parts = _logdet_gradient(c, [g_l[..., None] * x for x in saved[1:]], to[1:])
-        out[1:] = map(plus, out[1:], parts)
+        out[1:] = product_gradients(Z, A, c, [None, *to[2:]], symmetrise=False)
+        if to[1] is not None and g_l is None:
+            out[1] = outer_to(left, A, to[1])
+    if g_l is not None and any(b is not None for b in to[1:]):
+        sums = c.factor.sums(c.M, saved if saved[1].shape[-1] else None)
+        if to[1] is not None:
+            out[1] = c.factor.rows(sums[0], g_l, left, A, to[1])
+        columns = _columns_gradient(c, [g_l[..., None] * x for x in sums[1:]], to[2:])
+        out[2:] = map(plus, out[2:], columns)
     return tuple(c.K.new_empty(0) if x is None else x.contiguous() for x in out)
 
 
-def _logdet_gradient(
+def _columns_gradient(
     c: Covariance, sums: Sequence[Tensor], to: Sequence[Shape | None]
 ) -> list[Maybe]:
-    """The log-det part: sums over the batch are taken of vectors, before they become matrices."""
-    f, (row, col_s, col_1) = c.factor, sums
-    to_M, to_K, to_Sigma, to_log = to
-    gM = gK = gSigma = glog = None
-    if to_M is not None:
-        gM = f.rows(sum_to(row, to_M, 1))
+    """The log-det part in K and the noise; the batch is summed over vectors where it can be."""
+    f, (col_s, col_1) = c.factor, sums
+    to_K, to_Sigma, to_log = to
+    gK = gSigma = glog = None
     if to_K is not None:
         gK = sum_to(f.columns(_sum_shared(f, col_s, to_K)), to_K, 2)
     if to_Sigma is not None:
@@ -136,7 +143,7 @@ def _logdet_gradient(
     if to_log is not None and c.log_noise is not None:
         diagonal = f.columns_diagonal(_sum_shared(f, col_1, to_log))
         glog = c.log_noise.exp() * sum_to(diagonal, to_log, 1)
-    return [gM, gK, gSigma, glog]
+    return [gK, gSigma, glog]
 
 
 def _sum_shared(f: Any, weights: Tensor, to: Shape) -> Tensor:

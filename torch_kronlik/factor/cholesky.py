@@ -1,0 +1,180 @@
+"""One T×T Cholesky factor per non-zero λ_j (MATH: "Other exact routes").
+
+    C_j = λ_j M + I = L_j L_jᵀ,   U⁻¹ = Σ_j C_j⁻¹ ⊗ r_j r_jᵀ   with   RᵀΣR = I,  RᵀKR = Diag(λ)
+
+Only K and Σ are diagonalised. λ is ascending, so the n factors belong to the last n columns of R;
+the others have C_j = I. Plain numerics: nothing here is differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .batch import Shape, outer_to, sum_to, symmetric
+from .diagnose import not_positive_definite, raise_if_not_finite
+from .eigen import U
+
+__all__ = ["Cholesky", "factors", "without_zeros"]
+
+
+def without_zeros(lam: Tensor) -> Tensor:
+    """``lam`` (*batch, D), ascending, without the leading zeros common to the batch."""
+    leading = (lam == 0).cumprod(-1).sum(-1)
+    return lam[..., int(leading.amin()) if leading.numel() else 0 :].clone()
+
+
+def factors(M: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+    """L_j and log det C_j for each λ_j of ``lam`` (*batch, n): (*batch, n, T, T), (*batch, n)."""
+    n, T = lam.shape[-1], M.shape[-1]
+    batch = torch.broadcast_shapes(M.shape[:-2], lam.shape[:-1])
+    L = M.new_empty((*batch, n, T, T))
+    for j in range(n):
+        C = lam[..., j, None, None] * M
+        C.diagonal(dim1=-2, dim2=-1).add_(1)
+        factor, info = torch.linalg.cholesky_ex(C)
+        if bool(info.any()):
+            raise_if_not_finite(M=M)
+            not_positive_definite(U, info != 0)
+        L[..., j, :, :] = factor
+    return L, 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+class Cholesky(NamedTuple):
+    """U⁻¹ in factored form; every tensor has the batch shape of what it was computed from."""
+
+    L: Tensor  # (*batch, n, T, T) Cholesky factors of λ_j M + I for the last n columns
+    logdet_C: Tensor  # (*batch, n)
+    lam: Tensor  # (*batch_K, D) eigenvalues of K relative to Sigma, ascending
+    R: Tensor  # (*batch_K, D, D), RᵀΣR = I and RᵀKR = Diag(lam)
+    logdet_noise: Tensor  # (*batch_noise), log det Sigma
+
+    @property
+    def size(self) -> int:
+        """T."""
+        return self.L.shape[-1]
+
+    def _columns(self) -> Iterator[tuple[int, Tensor | None]]:
+        """Every j with L_j, None where λ_j = 0."""
+        D, n = self.lam.shape[-1], self.L.shape[-3]
+        for j in range(D):
+            yield j, self.L[..., j - (D - n), :, :] if j >= D - n else None
+
+    # --- value and solve ---------------------------------------------------------------------
+
+    def quad_logdet(self, Y: Tensor | None) -> tuple[Tensor, ...]:
+        """(inv_quad, logdet), the scaled data (C_j⁻¹ (Y R)_j)_j, and nothing else to reuse."""
+        logdet = self.logdet_C.sum(-1) + self.size * self.logdet_noise
+        nothing = (self.L.new_empty((*self.logdet_C.shape[:-1], 0)) for _ in range(3))
+        if Y is None:
+            return torch.zeros_like(logdet), logdet, self.L.new_empty(0), *nothing
+        data = Y @ self.R
+        Z = self._scale(data)
+        return (data * Z).sum((-2, -1)), logdet, Z, *nothing
+
+    def _scale(self, data: Tensor) -> Tensor:
+        columns = []
+        for j, L in self._columns():
+            y = data[..., j, None]
+            columns.append(y if L is None else torch.cholesky_solve(y, L))
+        batch = torch.broadcast_shapes(*(x.shape[:-2] for x in columns))
+        return torch.cat([x.expand(*batch, *x.shape[-2:]) for x in columns], -1)
+
+    def solve(self, Y: Tensor) -> Tensor:
+        """A = U⁻¹·Y."""
+        return self.solve_scaled(self._scale(Y @ self.R))
+
+    def solve_scaled(self, Z: Tensor) -> Tensor:
+        """A = U⁻¹·Y from the scaled data of :meth:`quad_logdet`."""
+        return Z @ self.R.mT
+
+    # --- gradients ---------------------------------------------------------------------------
+
+    def sums(self, M: Tensor | None, saved: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
+        """The log-det gradients in this form: Σ_j λ_j C_j⁻¹, tr(M C_j⁻¹) and tr C_j⁻¹."""
+        assert M is not None
+        rows = torch.zeros_like(self.L[..., 0, :, :] if self.L.shape[-3] else M)
+        with_M, plain = [], []
+        for j, L in self._columns():
+            if L is None:
+                with_M.append(_trace(M))
+                plain.append(torch.full_like(with_M[-1], self.size))
+                continue
+            inverse = torch.cholesky_inverse(L)
+            rows.addcmul_(inverse, self.lam[..., j, None, None])
+            with_M.append((inverse * M).sum((-2, -1)))
+            plain.append(_trace(inverse))
+        return rows, _stack(with_M), _stack(plain)
+
+    def rows(self, weights: Tensor, g: Tensor, left: Tensor | None, right: Tensor | None,
+             to: Shape) -> Tensor:  # fmt: skip
+        """g ∂log det/∂M plus left·rightᵀ, summed to the batch shape ``to``."""
+        out = sum_to(g[..., None, None] * weights, to, 2)
+        return out if left is None or right is None else out.add_(outer_to(left, right, to))
+
+    def columns(self, weights: Tensor) -> Tensor:
+        """R Diag(weights) Rᵀ."""
+        return (self.R * weights[..., None, :]) @ self.R.mT
+
+    def columns_diagonal(self, weights: Tensor) -> Tensor:
+        """diag(R Diag(weights) Rᵀ)."""
+        return (self.R.square() @ weights[..., None]).squeeze(-1)
+
+    # --- second derivatives ------------------------------------------------------------------
+
+    def logdet_hvp(
+        self, M: Tensor | None, dM: Tensor | None, dK: Tensor | None, dSigma: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The derivatives of the three log-det gradients along a symmetric direction.
+
+        With κ = diag(RᵀdK R) − λ ⊙ diag(RᵀdΣ R) they are Σ_j C_j⁻¹ (κ_j I − λ_j² dM) C_j⁻¹ for M,
+        and for K and Σ traces of products of two inverses.
+        """
+        assert M is not None
+        zero = M.new_zeros(())
+        Kh = zero if dK is None else self.R.mT @ symmetric(dK) @ self.R
+        Sh = zero if dSigma is None else self.R.mT @ symmetric(dSigma) @ self.R
+        kappa = _diagonal(Kh) - self.lam * _diagonal(Sh)
+        V = zero if dM is None else symmetric(dM)
+        inverses = self._inverses(M)
+        HM, moved = self._rows_hvp(inverses, kappa, V)
+        products = [inverses, M[..., None, :, :] @ inverses]
+        with_M2, with_M, plain = (
+            (X.flatten(-2) @ Z.flatten(-2).mT)
+            for X, Z in ((products[1], products[1].mT), products, (inverses, inverses))
+        )
+        HK = torch.diag_embed(moved) - with_M2 * Kh - symmetric(with_M) * Sh
+        HS = torch.diag_embed(-self.lam * moved) - symmetric(with_M) * Kh - plain * Sh
+        return HM, *(symmetric(self.R @ H @ self.R.mT) for H in (HK, HS))
+
+    def _inverses(self, M: Tensor) -> Tensor:
+        """C_j⁻¹ for every j, (*batch, D, T, T)."""
+        eye = torch.eye(self.size, dtype=M.dtype, device=M.device)
+        batch = self.L.shape[:-3]
+        inverses = [eye if L is None else torch.cholesky_inverse(L) for _, L in self._columns()]
+        return torch.stack([x.expand(*batch, *x.shape[-2:]) for x in inverses], -3)
+
+    def _rows_hvp(self, inverses: Tensor, kappa: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ_j C_j⁻¹ (κ_j I − λ_j² V) C_j⁻¹, and tr(C_j⁻¹ V C_j⁻¹) for every j."""
+        eye = torch.eye(self.size, dtype=inverses.dtype, device=inverses.device)
+        out, moved = torch.zeros_like(eye), []
+        for j, C in enumerate(inverses.unbind(-3)):
+            middle = kappa[..., j, None, None] * eye - self.lam[..., j, None, None].square() * V
+            out = out + C @ middle @ C
+            moved.append(((C @ C) * V).sum((-2, -1)))
+        return out, _stack(moved)
+
+
+def _stack(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(torch.broadcast_tensors(*values), -1)
+
+
+def _trace(X: Tensor) -> Tensor:
+    return _diagonal(X).sum(-1)
+
+
+def _diagonal(X: Tensor) -> Tensor:
+    return X.diagonal(dim1=-2, dim2=-1) if X.dim() else X[None]
