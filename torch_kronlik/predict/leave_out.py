@@ -59,7 +59,7 @@ def leave_one_out(
     >>> leave_one_out(Y, M, K, log_noise=torch.zeros(1))
     (tensor([[1.5000], [0.5000]]), tensor([[1.5000], [1.5000]]))
     """
-    U = KroneckerPlusNoise(M, K, Sigma=Sigma, log_noise=log_noise, method=method)
+    U = _covariance(M, K, Sigma, log_noise, method)
     A, precision = _entries(U, Y)
     return Y - A / precision, (1 / precision).expand_as(A)
 
@@ -98,7 +98,7 @@ def leave_one_out_log_prob(
     >>> leave_one_out_log_prob(Y, M, K, log_noise=torch.zeros(1))
     tensor(-4.4100)
     """
-    U = KroneckerPlusNoise(M, K, Sigma=Sigma, log_noise=log_noise, method=method)
+    U = _covariance(M, K, Sigma, log_noise, method)
     A, precision = _entries(U, Y)
     terms = A.square() / precision - precision.log()
     return -0.5 * (terms.sum((-2, -1)) + U.event_shape.numel() * LOG_2PI)
@@ -139,7 +139,7 @@ def leave_one_row_out(
     tensor([[1.5000],
             [0.5000]])
     """
-    U = KroneckerPlusNoise(M, K, Sigma=Sigma, log_noise=log_noise, method=method)
+    U = _covariance(M, K, Sigma, log_noise, method)
     A, G = _rows(U, Y)
     eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device).expand_as(G)
     covariance = symmetric(torch.cholesky_solve(eye, G))
@@ -179,12 +179,24 @@ def leave_one_row_out_log_prob(
     >>> leave_one_row_out_log_prob(Y, M, K, log_noise=torch.zeros(1))
     tensor(-4.4100)
     """
-    U = KroneckerPlusNoise(M, K, Sigma=Sigma, log_noise=log_noise, method=method)
+    U = _covariance(M, K, Sigma, log_noise, method)
     A, G = _rows(U, Y)
     white = torch.linalg.solve_triangular(G, A[..., None], upper=False)
     logdet = 2 * G.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
     density: Tensor = white.square().sum((-3, -2, -1)) - logdet + U.event_shape.numel() * LOG_2PI
     return -0.5 * density
+
+
+def _covariance(
+    M: Tensor | SymmetricEigen,
+    K: Tensor,
+    Sigma: Tensor | None,
+    log_noise: Tensor | None,
+    method: str,
+) -> KroneckerPlusNoise:
+    """U; "auto" is the spectral form, which the diagonal blocks of U⁻¹ need in any case."""
+    method = "spectral" if method == "auto" else method
+    return KroneckerPlusNoise(M, K, Sigma=Sigma, log_noise=log_noise, method=method)
 
 
 def _entries(U: KroneckerPlusNoise, Y: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,4 +208,4 @@ def _rows(U: KroneckerPlusNoise, Y: Tensor) -> tuple[Tensor, Tensor]:
     """U⁻¹·Y and the Cholesky factors of the diagonal blocks of U⁻¹."""
     A = U.solve(Y)
     eye = torch.eye(A.shape[-2], dtype=A.dtype, device=A.device)
-    return A, torch.linalg.cholesky(symmetric(inverse_blocks(U._factorise(), eye)))
+    return A, torch.linalg.cholesky(symmetric(inverse_blocks(U._spectral(), eye)))

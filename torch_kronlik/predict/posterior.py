@@ -110,7 +110,7 @@ class KroneckerPosterior:
         """
         K = symmetric(self.U.K)[..., None, :, :]
         prior = self.M_test.diagonal(dim1=-2, dim2=-1) if self._full else self.M_test
-        explained = K @ inverse_blocks(self.U._factorise(), self.M_cross) @ K
+        explained = K @ inverse_blocks(self.U._spectral(), self.M_cross) @ K
         out = prior[..., None, None] * K - explained
         return self._expand(finite(out, self.M_cross, self.M_test, "M_cross M_test"), 3)
 
@@ -122,7 +122,7 @@ class KroneckerPosterior:
         numbers more.
         """
         M_test, K = symmetric(self._full_test("covariance_matrix")), symmetric(self.U.K)
-        pairs = inverse_pairs(self.U._factorise(), self.M_cross)
+        pairs = inverse_pairs(self.U._spectral(), self.M_cross)
         explained = torch.einsum("...ad,...sdue,...eb->...saub", K, pairs, K)
         out = M_test[..., :, None, :, None] * K[..., None, :, None, :] - explained
         out = finite(out, self.M_cross, M_test, "M_cross M_test")
@@ -177,7 +177,7 @@ class KroneckerPosterior:
         T = self.U.event_shape[0]
         white = self._normal((*sample_shape, *self.batch_shape, *joint.event_shape), generator)
         if observation_noise:
-            data, new = _split(root_matmul(joint._factorise(), white), T)
+            data, new = _split(root_matmul(joint._spectral(), white), T)
         else:
             data, new = _split(self._latent(joint, white), T)
             data = data + self._noise_matmul(self._normal(data.shape, generator))
@@ -209,7 +209,8 @@ class KroneckerPosterior:
         """E Lᵀ with Σ = L Lᵀ."""
         if self.U.log_noise is not None:
             return E * torch.exp(0.5 * self.U.log_noise)[..., None, :]
-        return E @ torch.linalg.cholesky(self._noise()).mT
+        L: Tensor = torch.linalg.cholesky(self._noise())
+        return E @ L.mT
 
     def _full_test(self, what: str) -> Tensor:
         if not self._full:
