@@ -28,20 +28,37 @@ __all__ = [
 ]
 
 _HERE = Path(__file__).parent
+BUILD = "pip install -c constraints.txt -e ."
+
+
+def _find(name: str) -> Path | None:
+    return next(iter(sorted(_HERE.glob(f"{name}.*"))), None)
 
 
 def _load(name: str) -> None:
-    found = sorted(_HERE.glob(f"{name}.*"))
-    if not found:
+    path = _find(name)
+    if path is None:
         raise ImportError(
-            f"the native library torch_kronlik/{name} is not built; build it in the source folder "
-            "with:  pip install -c constraints.txt -e ."
+            f"the native library torch_kronlik/{name} is not built; "
+            f"build it in the source folder with:  {BUILD}"
         )
-    torch.ops.load_library(str(found[0]))
+    torch.ops.load_library(str(path))
+
+
+def cuda_library() -> Path | None:
+    """The CUDA kernels, where torch is a CUDA build and they are built."""
+    return _find("_C_cuda") if torch.version.cuda else None
+
+
+def _cuda_not_built(*_: object) -> None:
+    raise NotImplementedError(
+        "the CUDA kernels of torch_kronlik are not built: install a CUDA toolkit and build again "
+        f"in the source folder with:  {BUILD}"
+    )
 
 
 _load("_C")
-if torch.version.cuda:
+if cuda_library() is not None:
     _load("_C_cuda")
 
 _native = torch.ops.torch_kronlik
@@ -114,14 +131,18 @@ def _pivoted_cholesky_fake(M: Tensor, max_rank: int) -> tuple[Tensor, Tensor]:
     return M.new_empty((*batch, T, max_rank)), M.new_empty(batch, dtype=torch.int64)
 
 
-for _op, _fake in (
-    (block_diag_sum, _block_diag_sum_fake),
-    (block_diag_expand, _block_diag_expand_fake),
-    (kron_diag_sums, _kron_diag_sums_fake),
-    (kron_diag_scale, _kron_diag_scale_fake),
-    (pivoted_cholesky, _pivoted_cholesky_fake),
-):
+_FAKES: dict[Any, Callable[..., Any]] = {
+    block_diag_sum: _block_diag_sum_fake,
+    block_diag_expand: _block_diag_expand_fake,
+    kron_diag_sums: _kron_diag_sums_fake,
+    kron_diag_scale: _kron_diag_scale_fake,
+    pivoted_cholesky: _pivoted_cholesky_fake,
+}
+_library = torch.library.Library("torch_kronlik", "IMPL")
+for _op, _fake in _FAKES.items():
     torch.library.register_fake(_op, _fake)
+    if cuda_library() is None:
+        _library.impl(_op, _cuda_not_built, "CUDA")
 
 
 # --- derivatives --------------------------------------------------------------------------------
