@@ -106,12 +106,11 @@ class KroneckerPlusNoise:
 
     def _factorise(self) -> Covariance:
         if self._factorised is None:
-            noise = (self.Sigma, self.log_noise)
             if isinstance(self.M, SymmetricEigen):
-                self._factorised = known_rows(*self.M, self.K, *noise)
+                self._factorised = known_rows(*self.M, self.K, self.Sigma, self.log_noise)
                 self._method = "spectral"
             else:
-                found = factorise(self.M, self.K, *noise, self._method)
+                found = factorise(self.M, self.K, self.Sigma, self.log_noise, self._method)
                 self._factorised, self._method = found
         return self._factorised
 
@@ -120,7 +119,8 @@ class KroneckerPlusNoise:
         c = self._factorise()
         if self._method != "spectral" and c.M is not None:
             if self._full is None:
-                self._full = known_rows(*eigen(c.M), self.K, self.Sigma, self.log_noise, c.M)
+                s, P = eigen(c.M)
+                self._full = known_rows(s, P, self.K, self.Sigma, self.log_noise, c.M)
             return self._full
         return c
 

@@ -148,7 +148,8 @@ class Cholesky(NamedTuple):
         )
         HK = torch.diag_embed(moved) - with_M2 * Kh - symmetric(with_M) * Sh
         HS = torch.diag_embed(-self.lam * moved) - symmetric(with_M) * Kh - plain * Sh
-        return HM, *(symmetric(self.R @ H @ self.R.mT) for H in (HK, HS))
+        HK, HS = (symmetric(self.R @ H @ self.R.mT) for H in (HK, HS))
+        return HM, HK, HS
 
     def _inverses(self, M: Tensor) -> Tensor:
         """C_j⁻¹ for every j, (*batch, D, T, T)."""

@@ -138,7 +138,8 @@ class Spectral(NamedTuple):
         squares = W.mT @ W + self.complement
         HK = torch.diag_embed(m_columns) - (sW.mT @ sW) * Kh - cross * Sh
         HS = torch.diag_embed(-lam * m_columns) - cross * Kh - squares * Sh
-        return HM, *(symmetric(self.R @ H @ self.R.mT) for H in (HK, HS))
+        HK, HS = (symmetric(self.R @ H @ self.R.mT) for H in (HK, HS))
+        return HM, HK, HS
 
     def _rows_hvp(self, W: Tensor, moved: Tensor, dM: Tensor | None) -> tuple[Tensor, Tensor]:
         """Σ_j C_j⁻¹ (moved_j I − λ_j² dM) C_j⁻¹ with C_j⁻¹ = I − P Diag(1 − W_j) Pᵀ, and for
