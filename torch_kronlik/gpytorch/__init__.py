@@ -1,0 +1,17 @@
+"""This library's exact path for GPyTorch models: change the likelihood, keep everything else.
+
+``import torch_kronlik.gpytorch as tkg``, then ``tkg.MultitaskGaussianLikelihood`` where
+``gpytorch.likelihoods.MultitaskGaussianLikelihood`` stood. Needs gpytorch, imported only here.
+"""
+
+from .likelihood import MultitaskGaussianLikelihood
+from .operator import KroneckerPlusNoiseLinearOperator
+from .posterior import KroneckerPosteriorLinearOperator
+from .prediction import KroneckerPredictionStrategy
+
+__all__ = [
+    "KroneckerPlusNoiseLinearOperator",
+    "KroneckerPosteriorLinearOperator",
+    "KroneckerPredictionStrategy",
+    "MultitaskGaussianLikelihood",
+]
