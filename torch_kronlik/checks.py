@@ -10,6 +10,7 @@ from torch import Tensor
 __all__ = [
     "check_broadcast",
     "check_data",
+    "check_eigenvalues",
     "check_floating",
     "check_noise",
     "check_square",
@@ -49,6 +50,14 @@ def check_square(name: str, X: Tensor, letter: str, size: int | None = None) -> 
     if size is not None and X.shape[-1] != size:
         raise ValueError(
             f"{name} must have shape {shape} with {letter} = {size}, got {tuple(X.shape)}"
+        )
+
+
+def check_eigenvalues(s: Tensor, P: Tensor) -> None:
+    if s.shape != P.shape[:-1]:
+        raise ValueError(
+            f"M.eigenvalues must have shape {tuple(P.shape[:-1])} to go with eigenvectors of shape "
+            f"{tuple(P.shape)}, got {tuple(s.shape)}"
         )
 
 

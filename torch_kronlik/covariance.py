@@ -8,14 +8,21 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .checks import check_broadcast, check_data, check_noise, check_square, check_uniform
+from .checks import (
+    check_broadcast,
+    check_data,
+    check_eigenvalues,
+    check_noise,
+    check_square,
+    check_uniform,
+)
 from .derivatives import may_be_differentiated
 from .factor.batch import symmetric
-from .factor.diagnose import require_finite
 from .factor.plan import check_method
-from .rules.common import Covariance, noise_matmul, rows_matmul
+from .rules.common import Covariance
 from .rules.expansion import inverse_block_sum, inverse_blocks_diagonal
 from .rules.factorise import eigen, factorise, known_rows
+from .rules.multiply import multiply
 from .rules.quad_logdet import quad_logdet
 from .rules.sample import root_matmul
 from .rules.solve import solve
@@ -69,6 +76,9 @@ class KroneckerPlusNoise:
         check_uniform(M=self._rows, K=K, Sigma=Sigma, log_noise=log_noise)
         check_square("M", self._rows, "T")
         check_square("K", K, "D")
+        if isinstance(M, SymmetricEigen):
+            check_uniform(**{"M.eigenvectors": M.eigenvectors, "M.eigenvalues": M.eigenvalues})
+            check_eigenvalues(M.eigenvalues, M.eigenvectors)
         check_noise(K, Sigma, log_noise)
         self._noise_batch = Sigma.shape[:-2] if log_noise is None else log_noise.shape[:-1]  # type: ignore[union-attr]
         self.batch_shape = check_broadcast(
@@ -78,6 +88,7 @@ class KroneckerPlusNoise:
         self._method = method
         self._factorised: Covariance | None = None
         self._full: Covariance | None = None
+        self._versions: list[int] = []
 
     @property
     def event_shape(self) -> torch.Size:
@@ -106,13 +117,34 @@ class KroneckerPlusNoise:
 
     def _factorise(self) -> Covariance:
         if self._factorised is None:
-            if isinstance(self.M, SymmetricEigen):
-                self._factorised = known_rows(*self.M, self.K, self.Sigma, self.log_noise)
-                self._method = "spectral"
+            if torch.compiler.is_compiling():
+                self._factorised, self._method = self._make_factor()
             else:
-                found = factorise(self.M, self.K, self.Sigma, self.log_noise, self._method)
-                self._factorised, self._method = found
+                # Inference tensors could not be used for gradients later.
+                with torch.inference_mode(False):
+                    self._factorised, self._method = self._make_factor()
+            self._versions = self._current_versions()
+        elif self._versions != self._current_versions():
+            raise RuntimeError(
+                "an argument of this KroneckerPlusNoise was changed in place after it was "
+                "factorised: make a new one"
+            )
         return self._factorised
+
+    def _make_factor(self) -> tuple[Covariance, str]:
+        K, Sigma, log_noise = self.K, self.Sigma, self.log_noise
+        if isinstance(self.M, SymmetricEigen):
+            s, P = self.M
+            return known_rows(s, P, K, Sigma, log_noise), "spectral"
+        return factorise(self.M, K, Sigma, log_noise, self._method)
+
+    def _current_versions(self) -> list[int]:
+        """How often each argument was changed in place; nothing while a graph is traced."""
+        if torch.compiler.is_compiling():
+            return []
+        arguments = [*(self.M if isinstance(self.M, SymmetricEigen) else [self.M]), self.K]
+        arguments += [x for x in (self.Sigma, self.log_noise) if x is not None]
+        return [0 if x.is_inference() else x._version for x in arguments]
 
     def _spectral(self) -> Covariance:
         """The factorisation in the full spectral form, which some operations need."""
@@ -132,19 +164,19 @@ class KroneckerPlusNoise:
     def matmul(self, Y: Tensor) -> Tensor:
         """U·Y = M Y K + Y Σ: (*batch, T, D), without a factorisation. Cost: O(T²·D + T·D²)."""
         self._check_data("Y", Y)
-        c = self._products()
-        c = c._replace(M=_symmetric(c.M), K=_symmetric(c.K), Sigma=_symmetric(c.Sigma))
-        out = rows_matmul(c, Y @ self.K) + noise_matmul(c, Y)
-        require_finite(out, Y=Y, **c.named())
+        out: Tensor = multiply(Y, *self._products())
         return out
 
     def _products(self) -> Covariance:
-        """The factorisation where there is one, else what products with U need."""
+        """The factorisation where there is one, else anything of its shape: products do without."""
         if self._factorised is not None:
-            return self._factorised
-        s, P = self.M if isinstance(self.M, SymmetricEigen) else (self._rows, self._rows)
-        M = None if isinstance(self.M, SymmetricEigen) else self._rows
-        return Covariance(M, self.K, self.Sigma, self.log_noise, s, P, s, s, s, "spectral")
+            return self._factorise()
+        M, K = self._rows, self.K
+        shapes = (M.diagonal(dim1=-2, dim2=-1), M, K[..., 0], K, K[..., 0, 0])
+        if isinstance(self.M, SymmetricEigen):
+            shapes = (*self.M, *shapes[2:])
+        own = None if isinstance(self.M, SymmetricEigen) else M
+        return Covariance(own, K, self.Sigma, self.log_noise, *shapes, "spectral")
 
     def solve(self, Y: Tensor) -> Tensor:
         """U⁻¹·Y: (*batch, T, D). Cost: O(T²·D + T·D²) after the factorisation."""

@@ -96,6 +96,8 @@ def _below_autograd(op: Any) -> Callable[..., Any]:
 
 def may_be_differentiated(*args: Any) -> bool:
     """Whether a derivative may be asked for at this or, under a transform, at another level."""
+    if torch.compiler.is_compiling():
+        return True
     return (
         (torch.is_grad_enabled() and _any_requires_grad(*args))
         or forward_ad._current_level >= 0

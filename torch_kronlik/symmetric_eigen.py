@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .checks import check_floating, check_square
-from .rules.factorise import eigen
+from .rules.factorise import constant_eigen
 
 __all__ = ["SymmetricEigen", "symmetric_eigen"]
 
@@ -56,4 +56,5 @@ def symmetric_eigen(M: Tensor) -> SymmetricEigen:
             "M requires a gradient, but symmetric_eigen(M) is a constant: pass M.detach(), "
             "or pass M itself to the likelihood"
         )
-    return SymmetricEigen(*eigen(M))
+    s, P = constant_eigen(M)
+    return SymmetricEigen(s, P)

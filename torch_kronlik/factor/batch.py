@@ -38,7 +38,8 @@ def outer_to(X: Tensor, Y: Tensor, batch: Sequence[int]) -> Tensor:
         return X @ Y.mT
     kept = [i for i in range(X.dim() - 2) if i not in summed]
     order = [*kept, X.dim() - 2, *summed, X.dim() - 1]
-    X, Y = (Z.permute(order).flatten(len(kept) + 1) for Z in (X, Y))
+    shape = [X.shape[i] for i in kept]
+    X, Y = (Z.permute(order).reshape(*shape, Z.shape[-2], -1) for Z in (X, Y))
     product = X @ Y.mT
     return product.reshape(*batch, *product.shape[-2:])
 

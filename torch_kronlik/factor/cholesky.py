@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .batch import Shape, outer_to, sum_to, symmetric
-from .diagnose import not_positive_definite, raise_if_not_finite
+from .diagnose import not_positive_definite, require_finite_sum
 from .eigen import U
 
 __all__ = ["Cholesky", "factors", "without_zeros"]
@@ -32,12 +32,12 @@ def factors(M: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     n, T = lam.shape[-1], M.shape[-1]
     batch = torch.broadcast_shapes(M.shape[:-2], lam.shape[:-1])
     L = M.new_empty((*batch, n, T, T))
+    require_finite_sum(M, M=M)
     for j in range(n):
         C = lam[..., j, None, None] * M
         C.diagonal(dim1=-2, dim2=-1).add_(1)
         factor, info = torch.linalg.cholesky_ex(C)
         if bool(info.any()):
-            raise_if_not_finite(M=M)
             not_positive_definite(U, info != 0)
         L[..., j, :, :] = factor
     return L, 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -119,9 +119,10 @@ class Cholesky(NamedTuple):
         """R Diag(weights) Rᵀ."""
         return (self.R * weights[..., None, :]) @ self.R.mT
 
-    def columns_diagonal(self, weights: Tensor) -> Tensor:
-        """diag(R Diag(weights) Rᵀ)."""
-        return (self.R.square() @ weights[..., None]).squeeze(-1)
+    def noise_diagonal(self, weights: Tensor, log_noise: Tensor) -> Tensor:
+        """exp(s) ⊙ diag(R Diag(weights) Rᵀ), where exp(s/2) ⊙ R is orthogonal: no overflow."""
+        Q = torch.exp(0.5 * log_noise)[..., :, None] * self.R
+        return (Q.square() @ weights[..., None]).squeeze(-1)
 
     # --- second derivatives ------------------------------------------------------------------
 

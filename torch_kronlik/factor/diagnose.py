@@ -15,6 +15,7 @@ __all__ = [
     "not_positive_definite",
     "raise_if_not_finite",
     "require_finite",
+    "require_finite_sum",
 ]
 
 
@@ -32,11 +33,19 @@ def raise_if_not_finite(**arguments: Tensor | None) -> None:
         if value is None or bool(torch.isfinite(value).all()):
             continue
         index = tuple(int(i) for i in (~torch.isfinite(value)).nonzero()[0])
-        raise ValueError(f"{name} must be finite, but {name}{list(index)} is {float(value[index])}")
+        raise ValueError(
+            f"{name} must be finite, but {name}{list(index)} is {value.detach()[index].item()}"
+        )
 
 
 def not_positive_definite(what: str, bad: Tensor) -> NoReturn:
     raise LinAlgError(f"{what} is not positive definite{batch_element(bad)}")
+
+
+def require_finite_sum(matrix: Tensor, **arguments: Tensor | None) -> None:
+    """Raise if ``matrix`` is not finite: both triangles, of which LAPACK reads one."""
+    if not bool(torch.isfinite(matrix.sum())):  # finite entries may have an infinite sum
+        require_finite(matrix, **arguments)
 
 
 def require_finite(result: Tensor, **arguments: Tensor | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .diagnose import LinAlgError, not_positive_definite, raise_if_not_finite
+from .diagnose import not_positive_definite, raise_if_not_finite, require_finite, require_finite_sum
 
 __all__ = ["U", "eigen", "require_positive_definite", "rounded", "whiten"]
 
@@ -21,43 +21,56 @@ def eigen(M: Tensor) -> tuple[Tensor, Tensor]:
 def whiten(
     K: Tensor, Sigma: Tensor | None, log_noise: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """K and Sigma diagonalised together, RᵀΣR = I and RᵀKR = Diag(lam): (lam, R, log det Sigma)."""
-    if log_noise is not None:
-        root = torch.exp(-0.5 * log_noise)
-        whitened = root[..., :, None] * K * root[..., None, :]
-        lam, Q = _eigh(whitened, K=K, log_noise=log_noise)
-        R, logdet_noise = root[..., :, None] * Q, log_noise.sum(-1)
+    """K and Sigma diagonalised together, RᵀΣR = I and RᵀKR = Diag(lam): (lam, R, log det Sigma).
+
+    The outputs are taken in descending order of noise, so that L⁻¹ adds rows of smaller entries to
+    rows of larger ones and L⁻¹KL⁻ᵀ is graded; ``eigh`` gets it from large to small, the order in
+    which it keeps the small eigenvalues of a graded matrix.
+    """
+    noise = log_noise if Sigma is None else Sigma.diagonal(dim1=-2, dim2=-1)
+    assert noise is not None
+    order = noise.argsort(-1, descending=True)
+    inputs = {"K": K, "Sigma": Sigma, "log_noise": log_noise}
+    K = _permuted(K, order)
+    if Sigma is None:
+        root = torch.exp(-0.5 * noise.take_along_dim(order, -1))[..., :, None]
+        lam, Q = _eigh((root * K * root.mT).flip(-2, -1), **inputs)
+        Q = Q.flip(-2)
+        R, logdet_noise = root * Q, noise.sum(-1)
     else:
-        assert Sigma is not None
-        L = _cholesky(Sigma)
+        L = _cholesky(_permuted(Sigma, order), Sigma)
         half = torch.linalg.solve_triangular(L, K, upper=False)
         whitened = torch.linalg.solve_triangular(L, half.mT, upper=False)
-        lam, Q = _eigh(whitened, K=K, Sigma=Sigma)
+        lam, Q = _eigh(whitened.flip(-2, -1), **inputs)
+        Q = Q.flip(-2)
         R = torch.linalg.solve_triangular(L.mT, Q, upper=True)
         logdet_noise = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return rounded(lam), R.contiguous(), logdet_noise
+    if not bool(torch.isfinite(logdet_noise).all()):
+        raise_if_not_finite(**inputs)
+    back = order.argsort(-1)[..., None].expand(R.shape)
+    return rounded(lam), R.take_along_dim(back, -2), logdet_noise
 
 
-def _cholesky(Sigma: Tensor) -> Tensor:
+def _permuted(X: Tensor, order: Tensor) -> Tensor:
+    """X with rows and columns in the order (*batch, D), at the joint batch shape."""
+    batch = torch.broadcast_shapes(X.shape[:-2], order.shape[:-1])
+    X, order = X.expand(*batch, *X.shape[-2:]), order.expand(*batch, -1)
+    return X.take_along_dim(order[..., :, None], -2).take_along_dim(order[..., None, :], -1)
+
+
+def _cholesky(X: Tensor, Sigma: Tensor) -> Tensor:
+    require_finite_sum(Sigma, Sigma=Sigma)
     L: Tensor
-    L, info = torch.linalg.cholesky_ex(Sigma)
+    L, info = torch.linalg.cholesky_ex(X)
     if bool(info.any()):
-        raise_if_not_finite(Sigma=Sigma)
         not_positive_definite("Sigma", info != 0)
     return L
 
 
-def _eigh(X: Tensor, **arguments: Tensor) -> tuple[Tensor, Tensor]:
-    try:
-        values, vectors = torch.linalg.eigh(X)
-    except LinAlgError:
-        raise_if_not_finite(**arguments)
-        raise
-    if not bool(torch.isfinite(values).all()):
-        raise_if_not_finite(**arguments)
-        raise OverflowError(
-            f"{' and '.join(arguments)}: their ratio exceeds the range of {X.dtype}; rescale them"
-        )
+def _eigh(X: Tensor, **arguments: Tensor | None) -> tuple[Tensor, Tensor]:
+    require_finite_sum(X, **arguments)
+    values, vectors = torch.linalg.eigh(X)
+    require_finite(values, **arguments)
     return values, vectors
 
 
@@ -71,11 +84,16 @@ def rounded(values: Tensor) -> Tensor:
     return torch.where((values < 0) & (values >= below), 0.0, values)
 
 
-def require_positive_definite(s: Tensor, lam: Tensor) -> Tensor:
-    """``lam``, if 1 + s_i λ_j > 0 for all i, j; both ascending, so that the extremes decide."""
+def require_positive_definite(s: Tensor, lam: Tensor, P: Tensor | None = None) -> Tensor:
+    """``lam``, if 1 + s_i λ_j > 0 for all i, j: it is bilinear, so the extremes decide.
+
+    P is given with eigenvalues that the user made, to be checked too.
+    """
+    if P is not None and not bool(torch.isfinite(s.sum() + P.sum())):
+        raise_if_not_finite(**{"M.eigenvalues": s, "M.eigenvectors": P})
     if s.numel() and lam.numel():
-        corners = s[..., [0, -1], None] * lam[..., None, [0, -1]]
-        least = 1 + corners.flatten(-2).amin(-1)
+        s_ends, lam_ends = (torch.stack(x.aminmax(dim=-1), -1) for x in (s, lam))
+        least = 1 + (s_ends[..., :, None] * lam_ends[..., None, :]).flatten(-2).amin(-1)
         if not bool((least > 0).all()):
             not_positive_definite(U, ~(least > 0))
     return lam.clone()

@@ -114,9 +114,10 @@ class Spectral(NamedTuple):
         """R Diag(weights) Rᵀ."""
         return (self.R * weights[..., None, :]) @ self.R.mT
 
-    def columns_diagonal(self, weights: Tensor) -> Tensor:
-        """diag(R Diag(weights) Rᵀ)."""
-        return (self.R.square() @ weights[..., None]).squeeze(-1)
+    def noise_diagonal(self, weights: Tensor, log_noise: Tensor) -> Tensor:
+        """exp(s) ⊙ diag(R Diag(weights) Rᵀ), where exp(s/2) ⊙ R is orthogonal: no overflow."""
+        Q = torch.exp(0.5 * log_noise)[..., :, None] * self.R
+        return (Q.square() @ weights[..., None]).squeeze(-1)
 
     # --- second derivatives ------------------------------------------------------------------
 

@@ -117,7 +117,8 @@ def product_gradients(
     if to_Sigma is not None:
         gSigma = sym(outer_to(-Z.mT, A.mT, to_Sigma))
     if to_log is not None and c.log_noise is not None:
-        glog = -c.log_noise.exp() * sum_to((Z * A).sum(-2), to_log, 1)
+        root = torch.exp(0.5 * c.log_noise)[..., None, :]  # exp(s) itself may overflow
+        glog = -sum_to(((root * Z) * (root * A)).sum(-2), to_log, 1)
     return [gM, gK, gSigma, glog]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from ..factor import cholesky, low_rank, plan
 from ..factor import eigen as kernels
 from .common import Covariance, Maybe, noise_batch
 
-__all__ = ["eigen", "factorise", "known_rows"]
+__all__ = ["constant_eigen", "eigen", "factorise", "known_rows"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -49,11 +51,11 @@ whiten = define(
 register(whiten, core_dims=lambda *_: ([2, 2, 1], [1, 2, 0]))
 
 require_positive_definite = define(
-    "require_positive_definite(Tensor s, Tensor lam) -> Tensor",
+    "require_positive_definite(Tensor s, Tensor lam, Tensor? P) -> Tensor",
     kernels.require_positive_definite,
-    lambda s, lam: torch.empty_like(lam),
+    lambda s, lam, P: lam.new_empty(lam.shape),
 )
-register(require_positive_definite, core_dims=lambda *_: ([1, 1], [1]))
+register(require_positive_definite, core_dims=lambda *_: ([1, 1, 2], [1]))
 
 cholesky_factors = define(
     "cholesky_factors(Tensor M, Tensor lam) -> (Tensor L, Tensor logdet_C)",
@@ -64,9 +66,25 @@ register(cholesky_factors, core_dims=lambda *_: ([2, 1], [3, 1]))
 
 # The eigenvalues after the leading zeros: a shape that depends on data, so never traced.
 without_zeros = define(
-    "without_zeros(Tensor lam) -> Tensor", cholesky.without_zeros, torch.empty_like
+    "without_zeros(Tensor lam) -> Tensor",
+    cholesky.without_zeros,
+    lambda lam: lam.new_empty(lam.shape),
 )
 register(without_zeros, core_dims=lambda *_: ([1], [1]))
+
+
+def _refuse(*_: object) -> NoReturn:
+    raise ValueError(
+        "M requires a gradient, but symmetric_eigen(M) is a constant: pass M.detach(), or pass M "
+        "itself to the likelihood"
+    )
+
+
+# The public one, which is not a part of something differentiable.
+constant_eigen = define(
+    "constant_eigen(Tensor M) -> (Tensor s, Tensor P)", kernels.eigen, _eigen_fake
+)
+register(constant_eigen, vjp=_refuse, jvp=_refuse, core_dims=lambda M: ([2], [1, 2]))
 
 
 def factorise(
@@ -85,14 +103,14 @@ def factorise(
     if rank > 0:
         s, P = eigen_low_rank(M, rank, tracing)
         if P.shape[-2] == T:
-            lam = require_positive_definite(s, lam)
+            lam = require_positive_definite(s, lam, None)
             return Covariance(*covariance, s, P, lam, R, logdet_noise, "spectral"), "low_rank"
     nonzero = lam if tracing else without_zeros(lam)
     if plan.prefers_cholesky(method, T, nonzero.shape[-1]):
         L, logdet_C = cholesky_factors(M, nonzero)
         return Covariance(*covariance, L, logdet_C, lam, R, logdet_noise, "cholesky"), "cholesky"
     s, P = eigen(M)
-    lam = require_positive_definite(s, lam)
+    lam = require_positive_definite(s, lam, None)
     return Covariance(*covariance, s, P, lam, R, logdet_noise, "spectral"), "spectral"
 
 
@@ -101,5 +119,5 @@ def known_rows(
 ) -> Covariance:
     """The factorised covariance with M = P Diag(s) Pᵀ, a constant unless M is given too."""
     lam, R, logdet_noise = whiten(K, Sigma, log_noise)
-    lam = require_positive_definite(s, lam)
+    lam = require_positive_definite(s, lam, P if M is None else None)
     return Covariance(M, K, Sigma, log_noise, s, P, lam, R, logdet_noise, "spectral")

@@ -141,8 +141,8 @@ def _columns_gradient(
     if to_Sigma is not None:
         gSigma = sum_to(f.columns(_sum_shared(f, col_1, to_Sigma)), to_Sigma, 2)
     if to_log is not None and c.log_noise is not None:
-        diagonal = f.columns_diagonal(_sum_shared(f, col_1, to_log))
-        glog = c.log_noise.exp() * sum_to(diagonal, to_log, 1)
+        diagonal = f.noise_diagonal(_sum_shared(f, col_1, to_log), c.log_noise)
+        glog = sum_to(diagonal, to_log, 1)
     return [gK, gSigma, glog]
 
 
@@ -170,8 +170,9 @@ def _hessian_product(args: Any, to: Sequence[Shape | None], V: Sequence[Maybe]) 
         moved = [g_l[..., None, None] * h for h in logdet_hvp(*c, *along)]
         out[1:] = map(plus, out[1:], to_arguments(moved, c, to[1:]))
     if V[4] is not None and to[4] is not None:
-        glog = quad_logdet_gradient(*args[:17], *[None] * 4, to[4])[4]
-        out[4] = plus(out[4], V[4] * glog)
+        own = torch.broadcast_shapes(to[4], V[4].shape[:-1])
+        glog = quad_logdet_gradient(*args[:17], *[None] * 4, own)[4]
+        out[4] = plus(out[4], sum_to(V[4] * glog, to[4], 1))
     return out
 
 
