@@ -22,6 +22,8 @@ from linear_operator.utils.memoize import cached
 from torch import Tensor
 from typing_extensions import Self
 
+from ..factor.batch import symmetric
+
 __all__ = [
     "Noise",
     "StructuredLinearOperator",
@@ -53,8 +55,10 @@ def noise_batch(noise: Noise) -> torch.Size:
 
 
 def noise_matrix(noise: Noise) -> Tensor:
-    """Σ."""
-    return noise["Sigma"] if "Sigma" in noise else torch.diag_embed(noise["log_noise"].exp())
+    """Σ, with a symmetric gradient."""
+    if "Sigma" in noise:
+        return symmetric(noise["Sigma"])
+    return torch.diag_embed(noise["log_noise"].exp())
 
 
 def as_matrices(columns: Tensor, num_outputs: int, batch_dims: int) -> Tensor:

@@ -193,7 +193,7 @@ class KroneckerPlusNoiseLinearOperator(StructuredLinearOperator):
 
         def at(X: Tensor, a: Tensor, b: Tensor) -> Tensor:
             index = (*batch, a, b)
-            return self._expanded(symmetric(X), 2)[index]
+            return self._expanded(X, 2)[index]
 
         noise = torch.where(t == u, at(noise_matrix(self.noise), d, e), 0.0)
-        return at(self.M, t, u) * at(self.K, d, e) + noise
+        return at(symmetric(self.M), t, u) * at(symmetric(self.K), d, e) + noise

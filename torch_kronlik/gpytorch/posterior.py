@@ -10,6 +10,7 @@ import torch
 from linear_operator.utils.memoize import cached
 from torch import Tensor
 
+from ..checks import check_broadcast, check_square
 from ..covariance import KroneckerPlusNoise
 from ..factor.batch import symmetric
 from ..predict import KroneckerPosterior
@@ -65,15 +66,33 @@ class KroneckerPosteriorLinearOperator(StructuredLinearOperator):
         super().__init__(U, M_cross, M_test, Sigma=Sigma, log_noise=log_noise)
         self.U, self.M_cross, self.M_test = U, M_cross, M_test
         self.noise: Noise = as_noise(Sigma, log_noise)
-        zero = torch.zeros(U.M.shape[-1], U.K.shape[-1], dtype=U.dtype, device=U.device)
-        self.posterior = KroneckerPosterior(U.covariance, zero, M_cross, M_test)
+        check_square("M_test", M_test, "S")
+        S, T = M_test.shape[-1], U.M.shape[-1]
+        if M_cross.shape[-2:] != (S, T):
+            raise ValueError(
+                f"M_cross must have shape (*batch, S, T) with (S, T) = {(S, T)} (from M_test and "
+                f"U), got {tuple(M_cross.shape)}"
+            )
+        self._batch = check_broadcast(
+            U=U.batch_shape,
+            M_cross=M_cross.shape[:-2],
+            M_test=M_test.shape[:-2],
+            noise=noise_batch(self.noise),
+        )
+
+    @cached_property
+    def posterior(self) -> KroneckerPosterior:
+        """The posterior of the latent function, its mean zero."""
+        U = self.U.covariance
+        zero = torch.zeros(U.event_shape, dtype=U.dtype, device=U.device)
+        return KroneckerPosterior(U, zero, self.M_cross, self.M_test)
 
     def with_noise(self, **noise: Tensor) -> KroneckerPosteriorLinearOperator:
-        """Of new observations. Noise equal to that of the data is recognised as the same."""
-        same = self.U.noise.keys() == noise.keys() and all(
-            x.equal(noise[name]) for name, x in self.U.noise.items()
-        )
-        return type(self)(self.U, self.M_cross, self.M_test, **(self.U.noise if same else noise))
+        """Of new observations. Noise equal to that of the data is taken to be the same tensor."""
+        ours = self.U.noise
+        if ours.keys() == noise.keys() and all(x.equal(noise[name]) for name, x in ours.items()):
+            noise = ours
+        return type(self)(self.U, self.M_cross, self.M_test, **noise)
 
     @property
     def num_outputs(self) -> int:
@@ -81,9 +100,8 @@ class KroneckerPosteriorLinearOperator(StructuredLinearOperator):
         return self.U.num_outputs
 
     def _size(self) -> torch.Size:
-        n = self.posterior.event_shape.numel()
-        batch = torch.broadcast_shapes(self.posterior.batch_shape, noise_batch(self.noise))
-        return torch.Size((*batch, n, n))
+        n = self.M_test.shape[-1] * self.num_outputs
+        return torch.Size((*self._batch, n, n))
 
     # --- algebra ---------------------------------------------------------------------------------
 
@@ -93,7 +111,7 @@ class KroneckerPosteriorLinearOperator(StructuredLinearOperator):
     def _matrix_matmul(self, X: Tensor) -> Tensor:
         K, U = symmetric(self.U.K), self.U.covariance
         XK = X @ K
-        out = self.M_test @ XK - self.M_cross @ U.solve(self.M_cross.mT @ XK) @ K
+        out = symmetric(self.M_test) @ XK - self.M_cross @ U.solve(self.M_cross.mT @ XK) @ K
         return out + X @ noise_matrix(self.noise) if self.noise else out
 
     def _blocks(self) -> Tensor:
@@ -110,25 +128,29 @@ class KroneckerPosteriorLinearOperator(StructuredLinearOperator):
         """The matrix itself."""
         out = self.posterior.covariance_matrix
         if self.noise:
-            S, D = self.posterior.event_shape
-            eye = torch.eye(S, dtype=self.dtype, device=self.device)
+            n, eye = self.shape[-1], torch.eye(self.M_test.shape[-1]).to(out)
             noise = eye[:, None, :, None] * noise_matrix(self.noise)[..., None, :, None, :]
-            out = out + noise.reshape(*noise.shape[:-4], S * D, S * D)
+            out = out + noise.reshape(*noise.shape[:-4], n, n)
         return self._expanded(out, 2)
+
+    @property
+    def _has_noise_of_data(self) -> bool:
+        """The same tensor, so that derivatives have one place to go."""
+        return bool(self.noise) and all(x is self.U.noise.get(n) for n, x in self.noise.items())
 
     @cached_property
     def _joint(self) -> KroneckerPlusNoise | None:
         """The covariance of data and new observations together, where it is the cheaper way."""
-        same = self.noise and all(x is self.U.noise.get(name) for name, x in self.noise.items())
-        if not same or self.posterior.event_shape.numel() <= self.U.M.shape[-1]:
+        if not self._has_noise_of_data or self.shape[-1] <= self.U.M.shape[-1]:
             return None
         return self.posterior._joint("a solve")
 
     def _matrix_solve(self, Y: Tensor) -> Tensor:
         if self._joint is not None:
             return self._joint.solve(self._behind_data(Y))[..., -Y.shape[-2] :, :]
-        solved: Tensor = torch.cholesky_solve(_columns(Y), self._cholesky().to_dense())
-        return solved.movedim(-1, 0).unflatten(-1, Y.shape[-2:])
+        solved = torch.cholesky_solve(_columns(Y), self._cholesky().to_dense())
+        matrices: Tensor = solved.movedim(-1, 0).unflatten(-1, Y.shape[-2:])
+        return matrices
 
     def _matrix_inv_quad_logdet(self, Y: Tensor) -> tuple[Tensor, Tensor]:
         """By the Schur complement: this is the inverse of the last block of the joint inverse."""
@@ -148,22 +170,20 @@ class KroneckerPosteriorLinearOperator(StructuredLinearOperator):
 
     def zero_mean_mvn_samples(self, num_samples: int) -> Tensor:
         """Draws from the normal distribution with mean zero: (num_samples, *batch, S·D)."""
-        same = self.noise and all(x is self.U.noise.get(name) for name, x in self.noise.items())
-        draws = self._draws(num_samples, observation_noise=bool(same))
+        same = self._has_noise_of_data
+        draws = self.posterior.rsample((num_samples,), observation_noise=same)
+        draws = draws.expand(num_samples, *self._batch, *draws.shape[-2:])
         if self.noise and not same:
             L = torch.linalg.cholesky(noise_matrix(self.noise))
             draws = draws + torch.randn_like(draws) @ L.mT
         return draws.flatten(-2)
 
-    def _draws(self, num_samples: int, *, observation_noise: bool) -> Tensor:
-        """Matheron draws given data that are zero."""
-        return self.posterior.rsample((num_samples,), observation_noise=observation_noise)
-
     # --- batches and entries ---------------------------------------------------------------------
 
     def _map(self, f: Callable[[Tensor, int], Tensor]) -> KroneckerPosteriorLinearOperator:
-        noise = map_noise(f, self.noise)
-        return type(self)(self.U._map(f), f(self.M_cross, 2), f(self.M_test, 2), **noise)
+        U = self.U._map(f)
+        noise = U.noise if self._has_noise_of_data else map_noise(f, self.noise)
+        return type(self)(U, f(self.M_cross, 2), f(self.M_test, 2), **noise)
 
     def _submatrix(self, rows: Tensor, cols: Tensor) -> Tensor:
         """By products with columns of the identity, on the shorter side."""
