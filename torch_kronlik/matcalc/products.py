@@ -91,7 +91,8 @@ def block_view(A: Tensor, num_blocks: int) -> Tensor:
     """
     require_blocks(A, num_blocks)
     m, n = (size // num_blocks for size in A.shape[-2:])
-    return A.unflatten(-1, (num_blocks, n)).unflatten(-3, (num_blocks, m)).transpose(-3, -2)
+    blocks: Tensor = A.unflatten(-1, (num_blocks, n)).unflatten(-3, (num_blocks, m))
+    return blocks.transpose(-3, -2)
 
 
 def diagonal_blocks(A: Tensor, num_blocks: int) -> Tensor:
