@@ -137,7 +137,7 @@ def _variances(init_noise: float | Sequence[float] | Tensor, num_outputs: int) -
     if not isinstance(num_outputs, int) or num_outputs < 1:
         raise ValueError(f"num_outputs must be a positive integer, got {num_outputs!r}")
     # On the CPU whatever the default device, which may be "meta".
-    variances = torch.as_tensor(init_noise, dtype=torch.float64, device="cpu").detach()
+    variances = torch.as_tensor(init_noise, dtype=torch.float64, device="cpu")
     if variances.shape not in ((), (num_outputs,)):
         raise ValueError(
             f"init_noise must be a number or have shape (D,) with D = {num_outputs}, "
