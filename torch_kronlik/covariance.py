@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -145,6 +145,10 @@ class KroneckerPlusNoise:
         arguments = [*(self.M if isinstance(self.M, SymmetricEigen) else [self.M]), self.K]
         arguments += [x for x in (self.Sigma, self.log_noise) if x is not None]
         return [0 if x.is_inference() else x._version for x in arguments]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is factorised anew: its arguments are other tensors."""
+        return {**self.__dict__, "_factorised": None, "_full": None}
 
     def _spectral(self) -> Covariance:
         """The factorisation in the full spectral form, which some operations need."""

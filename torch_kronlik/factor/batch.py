@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -39,7 +40,8 @@ def outer_to(X: Tensor, Y: Tensor, batch: Sequence[int]) -> Tensor:
     kept = [i for i in range(X.dim() - 2) if i not in summed]
     order = [*kept, X.dim() - 2, *summed, X.dim() - 1]
     shape = [X.shape[i] for i in kept]
-    X, Y = (Z.permute(order).reshape(*shape, Z.shape[-2], -1) for Z in (X, Y))
+    inner = X.shape[-1] * math.prod(X.shape[i] for i in summed)
+    X, Y = (Z.permute(order).reshape(*shape, Z.shape[-2], inner) for Z in (X, Y))
     product = X @ Y.mT
     return product.reshape(*batch, *product.shape[-2:])
 
