@@ -25,6 +25,8 @@ LEVEL = {
     "loss": 4.0,
     "distribution": 4.0,
     "predict": 4.0,
+    "estimates": 4.2,
+    "information": 4.5,
     "gpytorch": 5.0,
     "botorch": 5.0,
     "__init__": 6.0,

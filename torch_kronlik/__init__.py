@@ -1,8 +1,12 @@
 """Exact multi-output Gaussian likelihoods with Kronecker-plus-noise covariance."""
 
+from torch_kronlik import matcalc
 from torch_kronlik._version import __version__
 from torch_kronlik.blocks import block_diag, block_diag_sum
 from torch_kronlik.covariance import KroneckerPlusNoise
+from torch_kronlik.distribution import KroneckerNormal
+from torch_kronlik.expm import expm_diag_jacobian, expm_diag_multiply
+from torch_kronlik.information import fisher_information, observed_information
 from torch_kronlik.likelihood import kron_gaussian_nll
 from torch_kronlik.linalg import (
     inverse_block_diag_sum,
@@ -12,14 +16,30 @@ from torch_kronlik.linalg import (
     kron_matmul,
     kron_solve,
 )
+from torch_kronlik.loss import KroneckerGaussianNLLLoss
+from torch_kronlik.predict import (
+    KroneckerPosterior,
+    condition,
+    leave_one_out,
+    leave_one_out_log_prob,
+    leave_one_row_out,
+    leave_one_row_out_log_prob,
+)
 from torch_kronlik.symmetric_eigen import SymmetricEigen, symmetric_eigen
 
 __all__ = [
+    "KroneckerGaussianNLLLoss",
+    "KroneckerNormal",
     "KroneckerPlusNoise",
+    "KroneckerPosterior",
     "SymmetricEigen",
     "__version__",
     "block_diag",
     "block_diag_sum",
+    "condition",
+    "expm_diag_jacobian",
+    "expm_diag_multiply",
+    "fisher_information",
     "inverse_block_diag_sum",
     "inverse_diagonal",
     "kron_gaussian_nll",
@@ -27,5 +47,11 @@ __all__ = [
     "kron_logdet",
     "kron_matmul",
     "kron_solve",
+    "leave_one_out",
+    "leave_one_out_log_prob",
+    "leave_one_row_out",
+    "leave_one_row_out_log_prob",
+    "matcalc",
+    "observed_information",
     "symmetric_eigen",
 ]
