@@ -225,9 +225,10 @@ class KroneckerPosterior:
         M_test = self._full_test(what)
         if self._joint_covariance is None:
             self.U._factorise()  # names what is not finite in M, K and the noise
-            with torch.enable_grad():  # each use decides for itself whether it is differentiated
+            # Kept, so it needs a graph whatever the grad mode, and one with nothing to be freed.
+            with torch.enable_grad():
                 M = _join(_dense(self.U.M), self.M_cross, M_test)
-                M = finite(M, self.M_cross, M_test, "M_cross M_test")
+            finite(M.detach(), self.M_cross, M_test, "M_cross M_test")
             self._joint_covariance = KroneckerPlusNoise(
                 M, self.U.K, Sigma=self.U.Sigma, log_noise=self.U.log_noise
             )
