@@ -153,6 +153,32 @@ def test_row_factor_may_be_diagonalised_once() -> None:
     assert constant.expand((5, 2)).M.eigenvectors.shape == (5, 2, T, T)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("kind", "route"),
+    [("rank_one_M", "low_rank"), ("matern12", "cholesky"), ("identity", "cholesky")],
+)
+def test_rows_in_number_enough_for_another_route(kind: str, route: str) -> None:
+    p, q = (make_problem(100, 2, kind=kind, seed=seed) for seed in (0, 1))
+    d, e, value = kronecker(p), kronecker(q), values_for(p, 2)
+    assert d._covariance.method_used == route
+    kappa = max(condition_number(p), condition_number(q))
+    pairs = [
+        (d.log_prob(value), dense(p).log_prob(value.flatten(-2))),
+        (d.entropy(), dense(p).entropy()),
+        (kl_divergence(d, e), kl_divergence(dense(p), dense(q))),
+    ]
+    for actual, expected in pairs:
+        check_close(actual, expected, condition=kappa, dims=0, floor=200.0)
+    check_whitened(d.sample((2000,)), dense(p))
+
+
+def test_draw_and_divergence_diagonalise_once() -> None:
+    with Recorder() as recorder:
+        d = kronecker(make_problem(100, 2, kind="rbf"))
+        d.rsample(), d.expand((2,)).rsample(), kl_divergence(d, d), d.entropy()
+    assert sum((100,) in shapes for name, shapes in recorder.calls if name == "eigen") == 1
+
+
 def test_large_problem_without_its_covariance() -> None:
     """T·D = 10⁵: U would take 80 GB. With M = aI, K = bI every entry is independent."""
     T, D, a, b, c = 1000, 100, 2.0, 0.5, 0.25
@@ -283,17 +309,21 @@ def test_expand_refuses_a_smaller_batch() -> None:
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("batch", ["only_Y", "singleton_covariance", "crossed"])
 def test_samples_have_the_mean_and_covariance(batch: str, noise: str) -> None:
-    """Whitened by the dense Cholesky factor, n draws are standard normal, each batch element for
-    itself and independent of the others. An entry of their mean then has standard deviation 1/√n,
-    of their covariance 1/√n off the diagonal and √(2/n) on it: 6 of those are allowed, which a
-    right sampler exceeds in one seed of 10⁴ (5·10³ entries, 2·10⁻⁹ each, a little more on the
-    diagonal, whose tails are those of χ²)."""
     singleton = {"Y": (2, 3), "M": (1,), "K": (2, 1), "noise": ()}
     shapes = singleton if batch == "singleton_covariance" else BATCHES[batch]
     p = make_problem(*SHAPE, batch=shapes, noise=noise, kind="rank_one_M")
     n = 4000
-    flat = dense(p)
-    residual = (kronecker(p).sample((n,)).flatten(-2) - flat.loc).unsqueeze(-1)
+    check_whitened(kronecker(p).sample((n,)), dense(p))
+
+
+def check_whitened(draws: Tensor, flat: MultivariateNormal) -> None:
+    """Whitened by the dense Cholesky factor, n draws are standard normal, each batch element for
+    itself and independent of the others. An entry of their mean then has standard deviation 1/√n,
+    of their covariance 1/√n off the diagonal and √(2/n) on it: 6 of those are allowed, which a
+    right sampler exceeds in one seed of 10³ (2·10⁴ entries, 2·10⁻⁹ each, more on the diagonal,
+    whose upper tail is that of χ²)."""
+    n = len(draws)
+    residual = (draws.flatten(-2) - flat.loc).unsqueeze(-1)
     z = torch.linalg.solve_triangular(flat.scale_tril, residual, upper=False).reshape(n, -1)
     deviation = 1 / math.sqrt(n)
     assert z.shape[1] == flat.loc.numel()

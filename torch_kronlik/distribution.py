@@ -28,9 +28,10 @@ class KroneckerNormal(Distribution):
     """Normal distribution of a T×D matrix with rows and columns correlated: M ⊗ K + I_T ⊗ Σ.
 
     ``vec(Y) ~ N(vec(loc), U)``, U = M ⊗ K + I_T ⊗ Σ, vec(Y) = Y.reshape(T·D): the distribution of
-    ``MultivariateNormal(loc.reshape(T·D), U)`` with event shape (T, D), and U never formed. One
-    factorisation serves ``log_prob``, ``entropy``, ``rsample`` and ``kl_divergence``; ``expand``
-    keeps it.
+    ``MultivariateNormal(loc.reshape(T·D), U)`` with event shape (T, D), and U never formed. It is
+    factorised once for all operations, and ``expand`` keeps the factorisation. (Where ``log_prob``
+    and ``entropy`` can do without diagonalising M, ``rsample`` and ``kl_divergence`` cannot: that
+    is done at the first of them, also once.)
 
     Args:
         loc: (*batch, T, D), the mean.
@@ -178,7 +179,7 @@ class KroneckerNormal(Distribution):
         :meth:`KroneckerPlusNoise.sample`."""
         shape = self._extended_shape(sample_shape)
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        return self.loc + root_matmul(self._covariance._factorise(), noise)
+        return self.loc + root_matmul(self._covariance._spectral(), noise)
 
     def entropy(self) -> Tensor:
         """½ (log det U + T·D·(1 + log 2π)), in nats: (*batch)."""
@@ -206,7 +207,7 @@ def _kl_kronecker_normal(p: KroneckerNormal, q: KroneckerNormal) -> Tensor:
     check_uniform(p=p.loc, q=q.loc)
     check_broadcast(p=p.batch_shape, q=q.batch_shape)
     U_p, U_q = p._covariance, q._covariance
-    signal = inverse_trace(U_q._factorise(), _rows_matrix(U_p), U_p.K)
+    signal = inverse_trace(U_q._spectral(), _rows_matrix(U_p), U_p.K)
     noise = (U_q.inverse_block_diag_sum() * _noise_matrix(U_p)).sum((-2, -1))
     inv_quad, logdet = _diagnosed(
         lambda: U_q.inv_quad_logdet(q.loc - p.loc), **{"p.loc": p.loc, "q.loc": q.loc}
