@@ -1,7 +1,6 @@
-#include "../kernels/pivoted_cholesky.h"
-
 #include <tuple>
 
+#include "../kernels/pivoted_cholesky.h"
 #include "../shapes.h"
 #include "launch.h"
 
