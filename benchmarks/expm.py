@@ -20,7 +20,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from torch_kronlik.expm import expm_diag_multiply
+import torch_kronlik as tk
 
 LARGEST_CHECKED = 1000
 
@@ -37,7 +37,7 @@ def problem(n: int, norm: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def ours(d: Tensor, A: Tensor, v: Tensor, g: Tensor) -> Tensor:
     d = d.detach().requires_grad_()
-    return torch.autograd.grad(expm_diag_multiply(d, A, v) @ g, d)[0]
+    return torch.autograd.grad(tk.expm_diag_multiply(d, A, v) @ g, d)[0]
 
 
 def by_matrix_exp(d: Tensor, A: Tensor, v: Tensor, g: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .algebra import Element, add, product, scale
 from .degrees import squarings
+from .matrices import sum_outer
 
 __all__ = ["action", "action_gradient", "exponential", "scaled"]
 
@@ -29,14 +30,15 @@ def action(A: Element, d: Element, v: Element) -> Element:
 
 
 def action_gradient(
-    A: Element, g: Element, d: Element, v: Element
+    A: Element, g: Element, d: Element, v: Element, *, summed: bool
 ) -> tuple[Element, Element, Element]:
     """The gradient of ⟨g, exp(X) v⟩ in d, X = Diag(d) A, and v: (rows of G ⊙ A, G, exp(X)ᵀ g).
 
-    G = L(Xᵀ, g vᵀ), MATH.md §9.
+    G = L(Xᵀ, g vᵀ), MATH.md §9. L is linear in the direction, so that where one X serves the
+    whole batch and the gradient is ``summed`` over it, the directions are.
     """
     X = [x.mT for x in scaled(d, A)]
-    direction = product(lambda a, b: a.unsqueeze(-1) * b.unsqueeze(-2), g, v)
+    direction = product(_sum_outer if summed else _outer, g, v)
     X = X + [torch.zeros_like(X[0])] * (len(direction) - len(X))
     shapes = torch.broadcast_shapes(X[0].shape, direction[0].shape)
     both = exponential([x.expand(shapes) for x in X + direction])
@@ -91,6 +93,14 @@ def _solve(lu: Any, Q: Element, P: Element) -> Element:
     low = _solve(lu, Q[:h], P[:h])
     mixed = product(torch.matmul, Q[h:], low)
     return low + _solve(lu, Q[:h], add(P[h:], scale(-1.0, mixed)))
+
+
+def _outer(x: Tensor, y: Tensor) -> Tensor:
+    return x.unsqueeze(-1) * y.unsqueeze(-2)
+
+
+def _sum_outer(x: Tensor, y: Tensor) -> Tensor:
+    return sum_outer(x.unsqueeze(-1), y.unsqueeze(-1), ())
 
 
 def _matvec(F: Tensor, x: Tensor) -> Tensor:

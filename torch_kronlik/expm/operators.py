@@ -171,7 +171,7 @@ def _gradient(
     if _use_action(method, matrix, steps, v.shape[-1]):
         gd, gA, gv = _by_action(matrix, G, D, V, steps, to[1])
     else:
-        gd, gA, gv = _by_dense(list(A.unbind(-3)), G, D, V, to[1])
+        gd, gA, gv = _by_dense(list(A.unbind(-3)), G, D, V, to)
     parts = zip((gd, gA, gv), shapes, (-2, _coefficient_dim(crow), -2), to, strict=True)
     return tuple(
         g.new_empty(0) if to_x is None else _summed(x, shape, dim) for x, shape, dim, to_x in parts
@@ -198,9 +198,10 @@ def _by_action(
     return found.d, matrix.outer(x, y, tuple(to_A)), found.v
 
 
-def _by_dense(A: Any, g: Any, d: Any, v: Any, to_A: Shape | None) -> tuple[Any, Any, Any]:
-    gd, G, gv = by_dense.action_gradient(A, g, d, v)
-    return gd, None if to_A is None else by_dense.scaled(d, G), gv
+def _by_dense(A: Any, g: Any, d: Any, v: Any, to: Sequence[Shape | None]) -> tuple[Any, Any, Any]:
+    summed = d[0].dim() == 1 and A[0].dim() == 2 and all(not shape for shape in to[:2])
+    gd, G, gv = by_dense.action_gradient(A, g, d, v, summed=summed)
+    return gd, None if to[1] is None else by_dense.scaled(d, G), gv
 
 
 def _gradient_shapes(g: Tensor, A: Tensor, crow: Maybe, to: Any) -> list[tuple[int, ...]]:
