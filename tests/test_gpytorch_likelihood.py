@@ -507,7 +507,7 @@ def test_kernels_around_and_inside(kernel: str) -> None:
     close(actual, expected)
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*[Ss]parse:UserWarning")
 def test_slices_of_an_evaluated_kernel() -> None:
     """With lazy evaluation off GPyTorch hands over slices of the joint covariance, no products."""
     data = synthetic(20, 3, 6)

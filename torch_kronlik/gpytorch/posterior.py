@@ -143,7 +143,9 @@ class KroneckerPosteriorLinearOperator(StructuredLinearOperator):
         """The covariance of data and new observations together, where it is the cheaper way."""
         if not self._has_noise_of_data or self.shape[-1] <= self.U.M.shape[-1]:
             return None
-        return self.posterior._joint("a solve")
+        M, M_cross, M_test = (self._expanded(X, 2) for X in (self.U.M, self.M_cross, self.M_test))
+        joint = torch.cat([torch.cat([M, M_cross.mT], -1), torch.cat([M_cross, M_test], -1)], -2)
+        return KroneckerPlusNoiseLinearOperator(joint, self.U.K, **self.noise).covariance
 
     def _matrix_solve(self, Y: Tensor) -> Tensor:
         if self._joint is not None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from gpytorch import settings
 from gpytorch.lazy import LazyEvaluatedKernelTensor
 from gpytorch.models import exact_gp
 from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy
-from gpytorch.utils.memoize import cached, clear_cache_hook
+from gpytorch.utils.memoize import cached
 from linear_operator.operators import (
     ConstantMulLinearOperator,
     KroneckerProductLinearOperator,
@@ -87,11 +86,7 @@ class KroneckerPredictionStrategy(DefaultPredictionStrategy):  # type: ignore[mi
     def _solved_labels(self, detached: bool) -> Tensor:
         residuals = self.train_labels - self.train_prior_dist.loc
         solved = self._covariance.solve(residuals[..., None]).squeeze(-1)
-        if detached:
-            return solved.detach()
-        if solved.grad_fn is not None:  # the graph serves one backward pass, like GPyTorch's caches
-            solved.grad_fn.register_hook(functools.partial(clear_cache_hook, self))
-        return solved
+        return solved.detach() if detached else solved
 
     def exact_prediction(self, *args: Any, **kwargs: Any) -> tuple[Tensor, LinearOperator]:
         """Mean and covariance; the covariances of the test rows stay Kronecker products."""
