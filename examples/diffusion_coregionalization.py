@@ -209,6 +209,7 @@ def plot_left_out(path: Path, data: Data, left: Left) -> None:
         axis.plot(data.years, data.Y[:, i], color="black", lw=1.4, label="observed")
         axis.axhline(0, color="0.85", lw=0.8, zorder=0)
         axis.set_title(data.names[i], fontsize=10)
+        axis.set_ylim(-1.1, 1.1)
     for axis in axes[:, 0]:
         axis.set_ylabel("log income, less the mean")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
