@@ -14,4 +14,7 @@ STABLE_TORCH_LIBRARY(torch_kronlik, m) {
   m.def("cpu_instruction_set() -> str");
   m.def("cuda_architectures() -> int[]");
   m.def("pivoted_cholesky(Tensor M, SymInt max_rank) -> (Tensor F, Tensor rank)");
+  m.def(
+      "small_nll(Tensor Y, Tensor M, Tensor K, Tensor noise, bool full_noise, bool gradients)"
+      " -> (Tensor nll, Tensor gY, Tensor gM, Tensor gK, Tensor gnoise, Tensor status)");
 }

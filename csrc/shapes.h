@@ -11,6 +11,7 @@
 #include "kernels/block_diag_sum.h"
 #include "kernels/kron_diag_scale.h"
 #include "kernels/pivoted_cholesky.h"
+#include "kernels/small_nll.h"
 
 namespace torch_kronlik {
 
@@ -109,6 +110,47 @@ inline PivotedCholesky pivoted_cholesky_of(const Tensor& M, int64_t max_rank) {
   c.col_stride = M.stride(M.dim() - 1);
   c.batch = batch_layout(M, 2, batch_sizes(M, 2));
   return c;
+}
+
+// The noise is Σ where it is full, else the logarithms of its diagonal.
+inline Sizes small_batch(const Tensor& Y, const Tensor& M, const Tensor& K, const Tensor& noise,
+                         bool full_noise) {
+  const char* op = "small_nll";
+  const int64_t core = full_noise ? 2 : 1;
+  for (const Tensor* x : {&Y, &M, &K}) check_min_dim(*x, 2, op);
+  check_min_dim(noise, core, op);
+  for (const Tensor* x : {&M, &K, &noise}) check_alike(Y, *x, op);
+  const Sizes inputs = broadcast(batch_sizes(Y, 2), batch_sizes(M, 2), op);
+  return broadcast(inputs, broadcast(batch_sizes(K, 2), batch_sizes(noise, core), op), op);
+}
+
+inline SmallNll small_nll_of(const Tensor& Y, const Tensor& M, const Tensor& K, const Tensor& noise,
+                             bool full_noise, const Sizes& batch) {
+  const char* op = "small_nll";
+  const int64_t core = full_noise ? 2 : 1;
+  const auto stride = [](const Tensor& x, int64_t from_end) {
+    return x.stride(x.dim() - from_end);
+  };
+  const auto is = [](const Tensor& x, int64_t rows, int64_t cols) {
+    return x.size(x.dim() - 2) == rows && x.size(x.dim() - 1) == cols;
+  };
+  SmallNll s;
+  s.T = Y.size(Y.dim() - 2);
+  s.D = Y.size(Y.dim() - 1);
+  s.full_noise = full_noise;
+  STD_TORCH_CHECK(s.T <= kMaxSmallT && s.D >= 1 && s.D <= kMaxSmallD, op, ": too large");
+  STD_TORCH_CHECK(is(M, s.T, s.T) && is(K, s.D, s.D), op, ": Y, M and K do not fit");
+  STD_TORCH_CHECK(noise.size(noise.dim() - 1) == s.D, op, ": the noise does not fit");
+  STD_TORCH_CHECK(!full_noise || is(noise, s.D, s.D), op, ": the noise does not fit");
+  s.y_row = stride(Y, 2), s.y_col = stride(Y, 1);
+  s.m_row = stride(M, 2), s.m_col = stride(M, 1);
+  s.k_row = stride(K, 2), s.k_col = stride(K, 1);
+  s.noise_row = stride(noise, core), s.noise_col = stride(noise, 1);
+  s.y_batch = batch_layout(Y, 2, batch);
+  s.m_batch = batch_layout(M, 2, batch);
+  s.k_batch = batch_layout(K, 2, batch);
+  s.noise_batch = batch_layout(noise, core, batch);
+  return s;
 }
 
 }  // namespace torch_kronlik

@@ -110,6 +110,11 @@ class KroneckerPlusNoise:
         return self.K.device
 
     @property
+    def is_fresh(self) -> bool:
+        """Whether "auto" is free to choose and nothing is factorised yet."""
+        return self._method == "auto" and self._factorised is None
+
+    @property
     def method_used(self) -> str:
         """The route that "auto" stands for here; asking factorises."""
         self._factorise()

@@ -36,7 +36,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-__all__ = ["NAMESPACE", "define", "may_be_differentiated", "register"]
+__all__ = ["NAMESPACE", "define", "is_plain_eager", "may_be_differentiated", "register"]
 
 NAMESPACE = "torch_kronlik"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -118,6 +118,16 @@ class _transform_levels_enabled:
     def __exit__(self, *_: object) -> None:
         torch._C._set_grad_enabled(self._grad)
         torch._C._set_fwd_grad_enabled(self._forward)
+
+
+def is_plain_eager() -> bool:
+    """Whether only reverse mode can come: no transform, no forward mode, nothing traced."""
+    return not (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack() > 0
+    )
 
 
 def _autograd_kernel(op: Any, vjp: Vjp | None, jvp: Jvp | None) -> Callable[..., Any]:

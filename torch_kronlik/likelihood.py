@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .covariance import KroneckerPlusNoise
+from .derivatives import is_plain_eager
+from .factor.plan import fits_small
+from .rules.small import small_nll
 from .symmetric_eigen import SymmetricEigen
 
 __all__ = ["gaussian_nll", "kron_gaussian_nll"]
@@ -57,7 +62,27 @@ def kron_gaussian_nll(
     )
 
 
+def takes_small(U: KroneckerPlusNoise, Y: Tensor) -> bool:
+    """Whether one native call for value and gradients serves: M not shared by several problems."""
+    T, D = U.event_shape
+    return (
+        fits_small(T, D)
+        and U.is_fresh
+        and isinstance(U.M, Tensor)
+        and U.M.device.type == "cpu"
+        and is_plain_eager()
+        and U.M.shape[:-2] == torch.broadcast_shapes(Y.shape[:-2], U.batch_shape)
+    )
+
+
 def gaussian_nll(U: KroneckerPlusNoise, Y: Tensor) -> Tensor:
     """The same over a covariance that may be factorised already."""
+    if takes_small(U, Y):
+        arguments: Any = (Y, U.M, U.K, U.Sigma, U.log_noise)
+        needed = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in arguments
+        )
+        value: Tensor = small_nll(*arguments, needed)[0]
+        return value
     inv_quad, logdet = U.inv_quad_logdet(Y)
     return 0.5 * (inv_quad + logdet + U.event_shape.numel() * math.log(2 * math.pi))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ __all__ = [
     "kron_diag_scale",
     "kron_diag_sums",
     "pivoted_cholesky",
+    "small_nll",
 ]
 
 _HERE = Path(__file__).parent
@@ -67,6 +68,8 @@ block_diag_expand = _native.block_diag_expand.default  # (S, num_blocks) -> I_p 
 kron_diag_sums = _native.kron_diag_sums.default  # (s, lam) -> logdet, row_sum, col_sum_s, col_sum_1
 kron_diag_scale = _native.kron_diag_scale.default  # (s, lam, Y) -> Z, inv_quad
 pivoted_cholesky = _native.pivoted_cholesky.default  # (M, max_rank) -> F, rank (-1: too high)
+small_nll = _native.small_nll.default
+# (Y, M, K, noise, full_noise, gradients) -> nll, gY, gM, gK, gnoise, status
 
 
 class KronDiag(NamedTuple):
@@ -131,12 +134,24 @@ def _pivoted_cholesky_fake(M: Tensor, max_rank: int) -> tuple[Tensor, Tensor]:
     return M.new_empty((*batch, T, max_rank)), M.new_empty(batch, dtype=torch.int64)
 
 
+def _small_nll_fake(
+    Y: Tensor, M: Tensor, K: Tensor, noise: Tensor, full_noise: bool, gradients: bool
+) -> tuple[Tensor, ...]:
+    core = 2 if full_noise else 1
+    batches = [x.shape[:-2] for x in (Y, M, K)] + [noise.shape[: noise.dim() - core]]
+    batch, (T, D) = torch.broadcast_shapes(*batches), Y.shape[-2:]
+    cores = [(T, D), (T, T), (D, D), (D, D) if full_noise else (D,)]
+    found = [Y.new_empty((*batch, *c) if gradients else (0,)) for c in cores]
+    return Y.new_empty(batch), *found, Y.new_empty(batch, dtype=torch.int64)
+
+
 _FAKES: dict[Any, Callable[..., Any]] = {
     block_diag_sum: _block_diag_sum_fake,
     block_diag_expand: _block_diag_expand_fake,
     kron_diag_sums: _kron_diag_sums_fake,
     kron_diag_scale: _kron_diag_scale_fake,
     pivoted_cholesky: _pivoted_cholesky_fake,
+    small_nll: _small_nll_fake,
 }
 _library = torch.library.Library("torch_kronlik", "IMPL")
 for _op, _fake in _FAKES.items():
@@ -249,3 +264,18 @@ register(
 
 # Part of a factorisation, which is a constant for differentiation.
 register(pivoted_cholesky, core_dims=lambda M, max_rank: ([2, None], [2, 0]))
+
+
+def _refused(*_: object) -> NoReturn:
+    raise NotImplementedError("differentiate rules.small.small_nll, which wraps this operator")
+
+
+register(
+    small_nll,
+    vjp=_refused,
+    jvp=_refused,
+    core_dims=lambda Y, M, K, noise, full, gradients: (
+        [2, 2, 2, 2 if full else 1, None, None],
+        [0, 2, 2, 2, 2 if full else 1, 0],
+    ),
+)

@@ -10,6 +10,7 @@ from torch import Tensor
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 __all__ = [
+    "OVERFLOW",
     "LinAlgError",
     "batch_element",
     "not_positive_definite",
@@ -42,6 +43,11 @@ def not_positive_definite(what: str, bad: Tensor) -> NoReturn:
     raise LinAlgError(f"{what} is not positive definite{batch_element(bad)}")
 
 
+OVERFLOW = (
+    "the result exceeds the range of its dtype, although every argument is finite; rescale them"
+)
+
+
 def require_finite_sum(matrix: Tensor, **arguments: Tensor | None) -> None:
     """Raise if ``matrix`` is not finite: both triangles, of which LAPACK reads one."""
     if not bool(torch.isfinite(matrix.sum())):  # finite entries may have an infinite sum
@@ -53,7 +59,4 @@ def require_finite(result: Tensor, **arguments: Tensor | None) -> None:
     if bool(torch.isfinite(result).all()):
         return
     raise_if_not_finite(**arguments)
-    names = ", ".join(name for name, value in arguments.items() if value is not None)
-    raise OverflowError(
-        f"the result exceeds the range of {result.dtype}, although {names} are finite; rescale them"
-    )
+    raise OverflowError(OVERFLOW)

@@ -7,7 +7,7 @@ inverses, and one of these is needed for each non-zero eigenvalue λ_j.
 
 from __future__ import annotations
 
-__all__ = ["METHODS", "check_method", "max_rank", "prefers_cholesky"]
+__all__ = ["METHODS", "check_method", "fits_small", "max_rank", "prefers_cholesky"]
 
 METHODS = ("auto", "spectral", "cholesky", "low_rank")
 
@@ -16,6 +16,10 @@ SMALLEST_LOW_RANK = 96
 # Trying the pivoted Cholesky up to rank T/8 costs a few hundredths of the full-rank routes.
 LARGEST_RANK_FRACTION = 8
 EIGH_IN_CHOLESKYS = 5.0
+# The native kernel for small problems takes a Cholesky factorisation for each output, in vector
+# lanes: limits of its storage, and where its D factorisations cost more than an eigenproblem.
+LARGEST_SMALL_T = 64
+LARGEST_SMALL_D = 8
 
 
 def check_method(method: str) -> None:
@@ -35,3 +39,8 @@ def prefers_cholesky(method: str, T: int, nonzero: int) -> bool:
     if method != "auto":
         return method == "cholesky"
     return T >= SMALLEST_LOW_RANK and nonzero < EIGH_IN_CHOLESKYS
+
+
+def fits_small(T: int, D: int) -> bool:
+    """Whether one native call for value and gradients serves such a problem best."""
+    return T <= LARGEST_SMALL_T and D <= LARGEST_SMALL_D

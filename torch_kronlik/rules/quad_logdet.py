@@ -31,7 +31,7 @@ from .common import (
 from .logdet import directions, logdet_gradients, logdet_hvp, to_arguments
 from .solve import solve
 
-__all__ = ["quad_logdet"]
+__all__ = ["hessian_product", "quad_logdet"]
 
 # What the first pass leaves for the gradients: the scaled data W ⊙ PᵀYR, W λ, Wᵀ s and Wᵀ 1.
 _SAVED = "Tensor scaled, Tensor row, Tensor col_s, Tensor col_1"
@@ -159,7 +159,7 @@ def _gradient_fake(*args: Any) -> tuple[Tensor, ...]:
     return tuple(c.K.new_empty(shape) for shape in shapes)
 
 
-def _hessian_product(args: Any, to: Sequence[Shape | None], V: Sequence[Maybe]) -> list[Maybe]:
+def hessian_product(args: Any, to: Sequence[Shape | None], V: Sequence[Maybe]) -> list[Maybe]:
     """The derivative of φ's gradient along V in (Y, M, K, Sigma, log_noise), summed to ``to``."""
     g_q, g_l, c = args[0], args[1], Covariance(*args[3:13])
     out: list[Maybe] = [None] * 5
@@ -198,12 +198,12 @@ def _gradient_vjp(args: Any, outputs: Any, grads: Any, needs: Any) -> list[Maybe
     to = [args[2].shape[:-2] if needs[2] else None, *c.targets(needs[3:7])]
     V = [g if b is not None else None for g, b in zip(grads, args[17:], strict=True)]
     first = _first_order(args[2:13], args[13], V) if needs[0] or needs[1] else (None, None)
-    return [*first, *_hessian_product(args, to, V), *[None] * 15]
+    return [*first, *hessian_product(args, to, V), *[None] * 15]
 
 
 def _gradient_jvp(args: Any, outputs: Any, tangents: Any) -> list[Maybe]:
     to = args[17:]
-    out = _hessian_product(args, to, tangents[2:7])
+    out = hessian_product(args, to, tangents[2:7])
     if tangents[0] is None and tangents[1] is None:
         return out
     return list(map(plus, out, _gradient_or_none(tangents[:2], args[2:13], args[13:17], to)))

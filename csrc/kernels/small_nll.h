@@ -1,0 +1,23 @@
+#pragma once
+
+// The negative log likelihood and its gradients for small problems, one T×T Cholesky factorisation
+// of C_j = λ_j M + I for each output j of the whitened basis (MATH.md §4):
+//   nll = ½ (Σ_j log det C_j + T log det Σ + Σ_j ỹ_jᵀ x_j + T D log 2π),  x_j = C_j⁻¹ ỹ_j,  Ỹ = Y R
+//   with A = X Rᵀ:  gY = A,  gM = ½ (Σ_j λ_j C_j⁻¹ - A K Aᵀ),
+//   gK = ½ (R Diag(tr M C_j⁻¹) Rᵀ - Aᵀ M A),  gΣ = ½ (R Diag(tr C_j⁻¹) Rᵀ - Aᵀ A).
+
+#include "../batch.h"
+#include "whiten_small.h"
+
+namespace torch_kronlik {
+
+constexpr int64_t kMaxSmallT = 64;
+
+struct SmallNll {
+  int64_t T, D;
+  bool full_noise;
+  int64_t y_row, y_col, m_row, m_col, k_row, k_col, noise_row, noise_col;
+  BatchLayout y_batch, m_batch, k_batch, noise_batch;
+};
+
+}  // namespace torch_kronlik

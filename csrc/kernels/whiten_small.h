@@ -1,0 +1,162 @@
+#pragma once
+
+// K and Σ of a small problem diagonalised together: RᵀΣR = I, RᵀKR = Diag(λ). In double for every
+// dtype, outputs in descending order of noise (so that grading is kept), eigenvalues by Jacobi
+// rotations, which find the small ones of a graded matrix to high relative accuracy.
+
+#include <cmath>
+
+#include "../macros.h"
+
+namespace torch_kronlik {
+
+constexpr int kMaxSmallD = 16;
+
+enum SmallStatus { kFine = 0, kNoisePositive = 1, kCovariancePositive = 2, kNotFinite = 3 };
+
+struct Whitened {
+  double lam[kMaxSmallD];
+  double R[kMaxSmallD * kMaxSmallD];
+  double logdet_noise;
+};
+
+// Rotates rows and columns p, q of the symmetric A, and the columns of Q, so that A_pq = 0.
+KRON_HD void jacobi_rotate(double* A, double* Q, int n, int p, int q) {
+  const double theta = (A[q * n + q] - A[p * n + p]) / (2 * A[p * n + q]);
+  const double t = (theta >= 0 ? 1 : -1) / (fabs(theta) + sqrt(theta * theta + 1));
+  const double c = 1 / sqrt(t * t + 1), s = t * c, move = t * A[p * n + q];
+  A[p * n + p] -= move;
+  A[q * n + q] += move;
+  A[p * n + q] = A[q * n + p] = 0;
+  for (int k = 0; k < n; ++k) {
+    if (k != p && k != q) {
+      const double a = A[k * n + p], b = A[k * n + q];
+      A[k * n + p] = A[p * n + k] = c * a - s * b;
+      A[k * n + q] = A[q * n + k] = s * a + c * b;
+    }
+    const double a = Q[k * n + p], b = Q[k * n + q];
+    Q[k * n + p] = c * a - s * b;
+    Q[k * n + q] = s * a + c * b;
+  }
+}
+
+// A = Q Diag(A_ii) Qᵀ on return. Off-diagonal entries go until they are small against their own
+// diagonal entries; for singular A, where rounding can keep that from happening, 30 sweeps do.
+KRON_HD void jacobi_eigen(double* A, double* Q, int n) {
+  for (int i = 0; i < n * n; ++i) Q[i] = i % (n + 1) == 0 ? 1 : 0;
+  constexpr double kTiny = 1e-17;
+  for (int sweep = 0; sweep < 30; ++sweep) {
+    bool rotated = false;
+    for (int p = 0; p < n; ++p) {
+      for (int q = p + 1; q < n; ++q) {
+        const double off = fabs(A[p * n + q]);
+        if (off * off > kTiny * kTiny * fabs(A[p * n + p]) * fabs(A[q * n + q]) && off > 1e-300) {
+          jacobi_rotate(A, Q, n, p, q);
+          rotated = true;
+        }
+      }
+    }
+    if (!rotated) return;
+  }
+}
+
+// Where the entries of K and of the noise are.
+template <typename T>
+struct SmallOutputs {
+  const T* k;
+  int64_t k_row, k_col;
+  const T* noise;
+  int64_t noise_row, noise_col;
+  bool full;  // noise is Σ, else the logarithms of its diagonal
+
+  KRON_HD double K(int i, int j) const { return static_cast<double>(k[i * k_row + j * k_col]); }
+  KRON_HD double Sigma(int i, int j) const {
+    return static_cast<double>(noise[i * noise_row + j * noise_col]);
+  }
+  KRON_HD double log_noise(int i) const { return static_cast<double>(noise[i * noise_row]); }
+  KRON_HD double size(int i) const { return full ? Sigma(i, i) : log_noise(i); }
+};
+
+template <typename T>
+KRON_HD void descending(const SmallOutputs<T>& x, int D, int* order) {
+  for (int i = 0; i < D; ++i) {
+    int at = i;
+    for (; at > 0 && x.size(order[at - 1]) < x.size(i); --at) order[at] = order[at - 1];
+    order[at] = i;
+  }
+}
+
+// L (D×D, lower) of the noise in that order; false if it is not positive definite.
+template <typename T>
+KRON_HD bool noise_root(const SmallOutputs<T>& x, int D, const int* order, double* L) {
+  for (int i = 0; i < D; ++i) {
+    for (int j = 0; j <= i; ++j) {
+      if (!x.full) {
+        L[i * D + j] = i == j ? exp(0.5 * x.log_noise(order[i])) : 0;
+        continue;
+      }
+      double sum = x.Sigma(order[i], order[j]);
+      for (int k = 0; k < j; ++k) sum -= L[i * D + k] * L[j * D + k];
+      if (i == j && !(sum > 0)) return false;
+      L[i * D + j] = i == j ? sqrt(sum) : sum / L[j * D + j];
+    }
+  }
+  return true;
+}
+
+// B <- L⁻¹ B for B (D×D).
+KRON_HD void solve_lower(const double* L, int D, double* B) {
+  for (int i = 0; i < D; ++i) {
+    for (int c = 0; c < D; ++c) {
+      double sum = B[i * D + c];
+      for (int k = 0; k < i; ++k) sum -= L[i * D + k] * B[k * D + c];
+      B[i * D + c] = sum / L[i * D + i];
+    }
+  }
+}
+
+template <typename T>
+KRON_HD SmallStatus whiten_small(const SmallOutputs<T>& x, int D, double eps, Whitened* out) {
+  int order[kMaxSmallD];
+  double L[kMaxSmallD * kMaxSmallD], A[kMaxSmallD * kMaxSmallD], B[kMaxSmallD * kMaxSmallD];
+  descending(x, D, order);
+  double total = 0;
+  for (int i = 0; i < D; ++i) {
+    for (int j = 0; j < D; ++j) {
+      A[i * D + j] = x.K(order[i], order[j]);
+      total += A[i * D + j] + (x.full ? x.Sigma(i, j) : x.log_noise(i));
+    }
+  }
+  if (!std::isfinite(total)) return kNotFinite;
+  if (!noise_root(x, D, order, L)) return kNoisePositive;
+  // L⁻¹ K L⁻ᵀ = L⁻¹ (L⁻¹ K)ᵀ, K symmetric.
+  solve_lower(L, D, A);
+  for (int i = 0; i < D; ++i) {
+    for (int j = 0; j < D; ++j) B[i * D + j] = A[j * D + i];
+  }
+  solve_lower(L, D, B);
+  for (int i = 0; i < D; ++i) {
+    for (int j = 0; j < i; ++j) B[i * D + j] = B[j * D + i] = 0.5 * (B[i * D + j] + B[j * D + i]);
+  }
+  jacobi_eigen(B, A, D);
+  double largest = 0;
+  out->logdet_noise = 0;
+  for (int j = 0; j < D; ++j) {
+    out->lam[j] = B[j * D + j];
+    largest = fabs(out->lam[j]) > largest ? fabs(out->lam[j]) : largest;
+    out->logdet_noise += x.full ? 2 * log(L[j * D + j]) : x.log_noise(j);
+  }
+  for (int j = 0; j < D; ++j) {
+    // Rounding below zero is zero.
+    if (out->lam[j] < 0 && out->lam[j] >= -D * eps * largest) out->lam[j] = 0;
+    // R = L⁻ᵀ Q, column by column.
+    for (int i = D - 1; i >= 0; --i) {
+      double sum = A[i * D + j];
+      for (int k = i + 1; k < D; ++k) sum -= L[k * D + i] * out->R[order[k] * D + j];
+      out->R[order[i] * D + j] = sum / L[i * D + i];
+    }
+  }
+  return std::isfinite(largest) && std::isfinite(out->logdet_noise) ? kFine : kNotFinite;
+}
+
+}  // namespace torch_kronlik
