@@ -230,6 +230,18 @@ def test_large_problem_in_bounded_memory(name: str, gradient: bool) -> None:
     assert recorder.count("linalg_eigh") == 2  # of M and of K
 
 
+@each_function
+def test_rows_are_factorised_once(name: str) -> None:
+    """Where the likelihood alone would take Cholesky factors of M too."""
+    T = 128
+    lag = (torch.arange(T)[:, None] - torch.arange(T)).abs()
+    p = make_problem(T, 2)._replace(M=torch.exp(-lag.double() / 5))
+    with Recorder() as recorder:
+        FUNCTIONS[name].structured(p)
+    assert recorder.shapes("linalg_eigh").count((T, T)) == 1
+    assert (T, T) not in recorder.shapes("linalg_cholesky_ex")
+
+
 # ---------------------------------------------------------------- derivatives
 
 

@@ -13,12 +13,10 @@ from ..covariance import KroneckerPlusNoise
 from ..factor.batch import symmetric
 from ..likelihood import gaussian_nll
 from ..rules.expansion import inverse_blocks
-from ..rules.factorise import eigen
-from ..rules.posterior import finite, inverse_pairs, sqrt_matmul
-from ..rules.sample import root_matmul
-from ..symmetric_eigen import SymmetricEigen
+from ..rules.posterior import finite, inverse_pairs
+from .joint import JointPrior
 
-__all__ = ["KroneckerPosterior", "condition"]
+__all__ = ["KroneckerPosterior"]
 
 
 class KroneckerPosterior:
@@ -80,8 +78,7 @@ class KroneckerPosterior:
                 "M_test must have shape (*batch, S, S), or (*batch, S) for its diagonal, with "
                 f"S = {S} (from M_cross), got {tuple(M_test.shape)}"
             )
-        self._joint_covariance: KroneckerPlusNoise | None = None
-        self._joint_eigen: tuple[Tensor, Tensor] | None = None
+        self._joint_prior: JointPrior | None = None
         test_batch = M_test.shape[: M_test.dim() - (2 if self._full else 1)]
         self.batch_shape = check_broadcast(
             **{"Y and U": batch, "M_cross": M_cross.shape[:-2], "M_test": test_batch}
@@ -173,13 +170,14 @@ class KroneckerPosterior:
         Cost: O((T + S)³) for the first draw, then O((T + S)²·D + (T + S)·D²) for each.
         Source: Wilson et al. 2020.
         """
-        joint = self._joint("rsample")
-        T = self.U.event_shape[0]
-        white = self._normal((*sample_shape, *self.batch_shape, *joint.event_shape), generator)
+        joint, (T, D) = self._joint("rsample"), self.U.event_shape
+        white = self._normal(
+            (*sample_shape, *self.batch_shape, T + self.event_shape[0], D), generator
+        )
         if observation_noise:
-            data, new = _split(root_matmul(joint._spectral(), white), T)
+            data, new = _split(joint.observations(white), T)
         else:
-            data, new = _split(self._latent(joint, white), T)
+            data, new = _split(joint.latent(white), T)
             data = data + self._noise_matmul(self._normal(data.shape, generator))
         return self.mean + new - self._krige(data)
 
@@ -220,29 +218,11 @@ class KroneckerPosterior:
             )
         return self.M_test
 
-    def _joint(self, what: str) -> KroneckerPlusNoise:
-        """The covariance of the data and the new observations together; factorised once."""
+    def _joint(self, what: str) -> JointPrior:
         M_test = self._full_test(what)
-        if self._joint_covariance is None:
-            self.U._factorise()  # names what is not finite in M, K and the noise
-            # Kept, so it needs a graph whatever the grad mode, and one with nothing to be freed.
-            with torch.enable_grad():
-                M = _join(_dense(self.U.M), self.M_cross, M_test)
-            finite(M.detach(), self.M_cross, M_test, "M_cross M_test")
-            self._joint_covariance = KroneckerPlusNoise(
-                M, self.U.K, Sigma=self.U.Sigma, log_noise=self.U.log_noise
-            )
-        return self._joint_covariance
-
-    def _latent(self, joint: KroneckerPlusNoise, white: Tensor) -> Tensor:
-        """A draw of f at all T + S rows: M^½ ε K^½, M of all rows."""
-        assert isinstance(joint.M, Tensor)
-        if self._joint_eigen is None:
-            self._joint_eigen = eigen(joint.M)
-        s, P = self._joint_eigen
-        rows = sqrt_matmul(joint.M, s, P, white, "[M, M_cross^T; M_cross, M_test]")
-        s, P = eigen(joint.K)
-        return sqrt_matmul(joint.K, s, P, rows.mT, "K").mT
+        if self._joint_prior is None:
+            self._joint_prior = JointPrior(self.U, self.M_cross, M_test)
+        return self._joint_prior
 
     def _normal(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
         U = self.U
@@ -261,7 +241,7 @@ class KroneckerPosterior:
         return -0.5 * density
 
     def _log_prob_joint(self, Y_test: Tensor) -> Tensor:
-        joint = self._joint("log_prob")
+        joint = self._joint("log_prob").covariance
         batch = torch.broadcast_shapes(self.Y.shape[:-2], Y_test.shape[:-2])
         both = [Y.expand(*batch, *Y.shape[-2:]) for Y in (self.Y, Y_test)]
         out = gaussian_nll(self.U, self.Y) - gaussian_nll(joint, torch.cat(both, -2))
@@ -269,72 +249,5 @@ class KroneckerPosterior:
         return density
 
 
-def _dense(M: Tensor | SymmetricEigen) -> Tensor:
-    if isinstance(M, SymmetricEigen):
-        return (M.eigenvectors * M.eigenvalues[..., None, :]) @ M.eigenvectors.mT
-    return M
-
-
-def _join(M: Tensor, M_cross: Tensor, M_test: Tensor) -> Tensor:
-    """[M, M_*ᵀ; M_*, M_**]."""
-    batch = torch.broadcast_shapes(*(X.shape[:-2] for X in (M, M_cross, M_test)))
-    M, M_cross, M_test = (X.expand(*batch, *X.shape[-2:]) for X in (M, M_cross, M_test))
-    return torch.cat([torch.cat([M, M_cross.mT], -1), torch.cat([M_cross, M_test], -1)], -2)
-
-
 def _split(X: Tensor, T: int) -> tuple[Tensor, Tensor]:
     return X[..., :T, :], X[..., T:, :]
-
-
-def condition(
-    Y: Tensor,
-    M: Tensor | SymmetricEigen,
-    K: Tensor,
-    M_cross: Tensor,
-    M_test: Tensor,
-    *,
-    Sigma: Tensor | None = None,
-    log_noise: Tensor | None = None,
-    method: str = "auto",
-) -> KroneckerPosterior:
-    """The posterior at S new rows, given data with covariance U = M ⊗ K + I_T ⊗ Σ.
-
-    ``mean M_* A K, covariance M_** ⊗ K − (M_* ⊗ K) U⁻¹ (M_*ᵀ ⊗ K)`` with A = U⁻¹·Y
-
-    Args:
-        Y: (*batch, T, D), the data, less their mean.
-        M: (*batch, T, T) covariance over the rows of Y, symmetric positive semidefinite, or a
-            constant :class:`SymmetricEigen`.
-        K: (*batch, D, D) covariance over outputs, symmetric positive semidefinite.
-        M_cross: M_*, (*batch, S, T), covariance of the new rows with those of Y.
-        M_test: M_**, (*batch, S, S), covariance of the new rows, or its diagonal, (*batch, S): see
-            :class:`KroneckerPosterior`.
-        Sigma: (*batch, D, D) noise covariance, symmetric positive definite; or
-        log_noise: (*batch, D), logarithms of the noise variances, Σ = Diag(exp(s)).
-        method: see :class:`KroneckerPlusNoise`.
-
-    Returns:
-        KroneckerPosterior, which computes what is asked of it: ``mean``, ``variance``,
-        ``observation_variance``, ``row_covariance``, ``covariance_matrix``, ``rsample``,
-        ``log_prob``. Where U = KroneckerPlusNoise(M, K, …) exists already,
-        ``KroneckerPosterior(U, Y, M_cross, M_test)`` uses its factorisation.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit, or is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
-
-    Cost: O(T³ + D³) once, then see :class:`KroneckerPosterior`.
-    Source: Rakitsch et al. 2013; Rasmussen & Williams 2006, section 2.2.
-
-    >>> import torch
-    >>> Y, M, K = torch.ones(2, 1), torch.eye(2), torch.eye(1)
-    >>> posterior = condition(Y, M, K, torch.eye(2), torch.eye(2), log_noise=torch.zeros(1))
-    >>> posterior.mean
-    tensor([[0.5000],
-            [0.5000]])
-    >>> posterior.covariance_matrix
-    tensor([[0.5000, 0.0000],
-            [0.0000, 0.5000]])
-    """
-    U = KroneckerPlusNoise(M, K, Sigma=Sigma, log_noise=log_noise, method=method)
-    return KroneckerPosterior(U, Y, M_cross, M_test)
