@@ -69,7 +69,6 @@ def takes_small(U: KroneckerPlusNoise, Y: Tensor) -> bool:
         fits_small(T, D)
         and U.is_fresh
         and isinstance(U.M, Tensor)
-        and U.M.device.type == "cpu"
         and is_plain_eager()
         and U.M.shape[:-2] == torch.broadcast_shapes(Y.shape[:-2], U.batch_shape)
     )

@@ -185,7 +185,6 @@ class Worker {
         C_(s.T * s.T + 4),
         w_(s.T),
         x_(s.T),
-        A_(s.T * s.D),
         At_(s.T * s.D),
         AK_(s.T * s.D),
         MA_(s.T * s.D) {
@@ -213,7 +212,7 @@ class Worker {
       }
     }
     const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
-    p.status = whiten_small(outputs(b), static_cast<int>(s_.D), eps, &p.basis);
+    p.status = whiten_small(outputs(b), static_cast<int>(s_.D), eps, &work_, &p.basis);
     if (!std::isfinite(total)) p.status = kNotFinite;
     // The lanes of a problem that failed stay harmless to their neighbours.
     if (p.status != kFine) std::fill(p.basis.lam, p.basis.lam + s_.D, 0.0);
@@ -381,8 +380,9 @@ class Worker {
   const bool gradients_;
   const Grouping grouping_;
   std::vector<V> C_, w_, x_;
-  std::vector<T> A_, At_, AK_, MA_;
+  std::vector<T> At_, AK_, MA_;
   Problem<T> problems_[V::kCount];
+  WhitenWork work_;
 };
 
 template <typename T>

@@ -14,6 +14,12 @@ constexpr int kMaxSmallD = 16;
 
 enum SmallStatus { kFine = 0, kNoisePositive = 1, kCovariancePositive = 2, kNotFinite = 3 };
 
+// Scratch, in shared memory on a GPU.
+struct WhitenWork {
+  int order[kMaxSmallD];
+  double L[kMaxSmallD * kMaxSmallD], A[kMaxSmallD * kMaxSmallD], B[kMaxSmallD * kMaxSmallD];
+};
+
 struct Whitened {
   double lam[kMaxSmallD];
   double R[kMaxSmallD * kMaxSmallD];
@@ -116,9 +122,10 @@ KRON_HD void solve_lower(const double* L, int D, double* B) {
 }
 
 template <typename T>
-KRON_HD SmallStatus whiten_small(const SmallOutputs<T>& x, int D, double eps, Whitened* out) {
-  int order[kMaxSmallD];
-  double L[kMaxSmallD * kMaxSmallD], A[kMaxSmallD * kMaxSmallD], B[kMaxSmallD * kMaxSmallD];
+KRON_HD SmallStatus whiten_small(const SmallOutputs<T>& x, int D, double eps, WhitenWork* work,
+                                 Whitened* out) {
+  int* order = work->order;
+  double *L = work->L, *A = work->A, *B = work->B;
   descending(x, D, order);
   double total = 0;
   for (int i = 0; i < D; ++i) {
