@@ -275,9 +275,9 @@ def plot_times(axis: Any, sizes: Sequence[int], D: int, times: dict[str, list[fl
         )
     axis.set(title=f"time of a training step, {D} tasks", xlabel="observations", ylabel="ms")
     axis.axvline(800, color="0.6", lw=0.8, ls="--")
-    axis.text(
-        830, axis.get_ylim()[0], "GPyTorch: dense up to 800", color="0.4", rotation=90, va="bottom"
-    )
+    style = {"va": "top", "color": "0.4", "transform": axis.get_xaxis_transform()}
+    axis.text(850, 0.98, "GPyTorch: dense up to 800", **style)
+    axis.set_ylim(None, 6e3 * max(max(seconds) for seconds in times.values()))
     axis.set_xlim(None, 6 * sizes[-1] * D)
     axis.set_xticks([T * D for T in sizes], [str(T * D) for T in sizes])
     axis.minorticks_off()

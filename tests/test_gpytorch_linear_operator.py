@@ -170,6 +170,7 @@ def test_algebra_is_exact_at_every_threshold(
         G = op.root_inv_decomposition().root
         close(G.to_dense() @ G.to_dense().mT, torch.linalg.inv(U))
         close(G.to_dense(), torch.linalg.inv(F.to_dense()).mT)
+        close(G.mT @ X, G.to_dense().mT @ X)
         evals, evecs = op.diagonalization()
         close(evecs.to_dense() @ evals.diag() @ evecs.to_dense().mT, U)
         close(op.cholesky().to_dense(), torch.linalg.cholesky(U))
@@ -314,6 +315,8 @@ def test_posterior_is_exact(noise: str, S: int, no_iteration: None) -> None:
         F = op.root_decomposition().root.to_dense()
         close(F @ F.mT, C)
         close(op[1:, 0:2].to_dense(), C[1:, 0:2])
+        i, j = torch.tensor([0, 2, 1]), torch.tensor([1, 0, 3 * S - 1])
+        close(op[i, j], C[i, j])
 
 
 @each_noise
