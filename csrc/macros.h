@@ -8,9 +8,10 @@
 #endif
 
 // KRON_CLONES: the function is compiled once per instruction set and picked when the library is
-// loaded, so that one binary runs on every x86-64 and is fast on the newer ones.
+// loaded, so that one binary runs on every x86-64 and is fast on the newer ones. Not under the
+// address sanitizer: the choice is made before that is ready.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__CUDACC__)
+    !defined(__CUDACC__) && !defined(__SANITIZE_ADDRESS__)
 #define KRON_HAS_CLONES 1
 #define KRON_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), noinline))
