@@ -586,12 +586,13 @@ def test_a_sum_of_kernels_is_left_to_gpytorch() -> None:
     assert type(ours.prediction_strategy) is DefaultPredictionStrategy
 
 
-def test_tasks_first_are_left_to_gpytorch() -> None:
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_tasks_first_are_left_to_gpytorch(interleaved: bool) -> None:
     data = synthetic(6, 3, 5)
     ours, theirs = make(MultitaskGaussianLikelihood, data), make(Parent, data)
     K, M = torch.eye(3) + 0.5, torch.eye(6) + 0.2
     kron = gpytorch.kernels.multitask_kernel.KroneckerProductLinearOperator
-    f = MultitaskMultivariateNormal(torch.zeros(6, 3), kron(K, M), interleaved=False)
+    f = MultitaskMultivariateNormal(torch.zeros(6, 3), kron(K, M), interleaved=interleaved)
     actual, expected = ours.likelihood(f), theirs.likelihood(f)
     close({"": actual.covariance_matrix}, {"": expected.covariance_matrix})
     assert type(actual.lazy_covariance_matrix) is type(expected.lazy_covariance_matrix)
