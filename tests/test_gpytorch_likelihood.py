@@ -21,6 +21,7 @@ from battery import Recorder
 from gpytorch.distributions import MultitaskMultivariateNormal
 from gpytorch.likelihoods import MultitaskGaussianLikelihood as Parent
 from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy
+from linear_operator.operators import KroneckerProductLinearOperator
 from statsmodels.datasets import macrodata
 from torch import Tensor
 
@@ -586,13 +587,12 @@ def test_a_sum_of_kernels_is_left_to_gpytorch() -> None:
     assert type(ours.prediction_strategy) is DefaultPredictionStrategy
 
 
-@pytest.mark.parametrize("interleaved", [True, False])
-def test_tasks_first_are_left_to_gpytorch(interleaved: bool) -> None:
+@pytest.mark.parametrize(("T", "interleaved"), [(6, True), (6, False), (3, False)])
+def test_tasks_first_are_left_to_gpytorch(T: int, interleaved: bool) -> None:
     data = synthetic(6, 3, 5)
     ours, theirs = make(MultitaskGaussianLikelihood, data), make(Parent, data)
-    K, M = torch.eye(3) + 0.5, torch.eye(6) + 0.2
-    kron = gpytorch.kernels.multitask_kernel.KroneckerProductLinearOperator
-    f = MultitaskMultivariateNormal(torch.zeros(6, 3), kron(K, M), interleaved=interleaved)
+    covariance = KroneckerProductLinearOperator(torch.eye(3) + 0.5, torch.eye(T) + 0.2)
+    f = MultitaskMultivariateNormal(torch.zeros(T, 3), covariance, interleaved=interleaved)
     actual, expected = ours.likelihood(f), theirs.likelihood(f)
     close({"": actual.covariance_matrix}, {"": expected.covariance_matrix})
     assert type(actual.lazy_covariance_matrix) is type(expected.lazy_covariance_matrix)
