@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "torch_kronlik"
 # A package is one level with all its modules, which may import each other.
 LEVEL = {
     "_version": 0.0,
+    "autocast": 0.5,  # keeps everything in full precision inside autocast regions
     "derivatives": 1.0,  # how a native op gets its derivative rules
     "ops": 1.5,
     "blocks": 1.8,
@@ -67,7 +68,7 @@ def allowed(importer: str, imported: str) -> bool:
     if imported in SIDE_ROOMS:
         return importer in {"__init__", "__main__"}
     if importer in SIDE_ROOMS:
-        return imported in {"derivatives", "ops"}
+        return imported in {"autocast", "derivatives", "ops"}
     # A name that is no module is a public one, taken from __init__.
     return LEVEL[importer] > LEVEL.get(imported, LEVEL["__init__"])
 

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .autocast import full_precision
 
 __all__ = ["block_diag", "block_diag_sum"]
 
 
+@full_precision
 def block_diag_sum(A: Tensor, num_blocks: int) -> Tensor:
     """Sum of the diagonal blocks of a matrix.
 
@@ -42,6 +44,7 @@ def block_diag_sum(A: Tensor, num_blocks: int) -> Tensor:
     return out
 
 
+@full_precision
 def block_diag(A: Tensor, k: int, num_blocks: int) -> Tensor:
     """The k-th diagonal block of a matrix, as a view.
 

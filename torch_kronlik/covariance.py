@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .autocast import full_precision
 from .checks import (
     check_broadcast,
     check_data,
@@ -62,6 +63,7 @@ class KroneckerPlusNoise:
     (torch.Size([6, 6]), tensor(4.1589))
     """
 
+    @full_precision
     def __init__(
         self,
         M: Tensor | SymmetricEigen,
@@ -120,6 +122,7 @@ class KroneckerPlusNoise:
         self._factorise()
         return self._method
 
+    @full_precision
     def _factorise(self) -> Covariance:
         if self._factorised is None:
             if torch.compiler.is_compiling():
@@ -155,6 +158,7 @@ class KroneckerPlusNoise:
         """A copy is factorised anew: its arguments are other tensors."""
         return {**self.__dict__, "_factorised": None, "_full": None}
 
+    @full_precision
     def _spectral(self) -> Covariance:
         """The factorisation in the full spectral form, which some operations need."""
         c = self._factorise()
@@ -170,6 +174,7 @@ class KroneckerPlusNoise:
         check_data(name, Y, (self.event_shape[0], self.event_shape[1]))
         return check_broadcast(**{name: Y.shape[:-2], "U": self.batch_shape})
 
+    @full_precision
     def matmul(self, Y: Tensor) -> Tensor:
         """U·Y = M Y K + Y Σ: (*batch, T, D), without a factorisation. Cost: O(T²·D + T·D²)."""
         self._check_data("Y", Y)
@@ -187,33 +192,39 @@ class KroneckerPlusNoise:
         own = None if isinstance(self.M, SymmetricEigen) else M
         return Covariance(own, K, self.Sigma, self.log_noise, *shapes, "spectral")
 
+    @full_precision
     def solve(self, Y: Tensor) -> Tensor:
         """U⁻¹·Y: (*batch, T, D). Cost: O(T²·D + T·D²) after the factorisation."""
         self._check_data("Y", Y)
         out: Tensor = solve(Y, *self._factorise(), None)
         return out
 
+    @full_precision
     def logdet(self) -> Tensor:
         """log det U: (*batch)."""
         out: Tensor = quad_logdet(None, *self._factorise())[1]
         return out
 
+    @full_precision
     def inv_quad_logdet(self, Y: Tensor) -> tuple[Tensor, Tensor]:
         """(vec(Y)ᵀ U⁻¹ vec(Y), log det U), each (*batch), from one factorisation."""
         batch = self._check_data("Y", Y)
         inv_quad, logdet = quad_logdet(Y, *self._factorise())[:2]
         return inv_quad, logdet.expand(batch)
 
+    @full_precision
     def inverse_block_diag_sum(self) -> Tensor:
         """B, the sum of the D×D diagonal blocks of U⁻¹ and the gradient of log det U in Σ:
         (*batch, D, D). Cost: O(T·D²) after the factorisation, O(T³) with derivatives."""
         return inverse_block_sum(self._spectral())
 
+    @full_precision
     def inverse_diagonal(self) -> Tensor:
         """diag(U⁻¹): (*batch, T, D). Cost: O(T²·D) after the factorisation, O(T³·D) with
         derivatives."""
         return inverse_blocks_diagonal(self._spectral())
 
+    @full_precision
     def diagonal(self) -> Tensor:
         """diag(U), as (*batch, T, D): the variance of each entry."""
         noise = self.log_noise.exp() if self.log_noise is not None else _diagonal(self.Sigma)
@@ -224,6 +235,7 @@ class KroneckerPlusNoise:
         )
         return rows * _diagonal(self.K)[..., None, :] + noise[..., None, :]
 
+    @full_precision
     def sample(
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
@@ -238,6 +250,7 @@ class KroneckerPlusNoise:
         noise = torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
         return root_matmul(self._spectral(), noise)
 
+    @full_precision
     def to_dense(self) -> Tensor:
         """U itself, (*batch, T·D, T·D): for small problems and for checking."""
         T, M = self.event_shape[0], self.M

@@ -36,6 +36,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from .autocast import full_precision
+
 __all__ = ["NAMESPACE", "define", "is_plain_eager", "may_be_differentiated", "register"]
 
 NAMESPACE = "torch_kronlik"
@@ -154,6 +156,7 @@ def _autograd_kernel(op: Any, vjp: Vjp | None, jvp: Jvp | None) -> Callable[...,
             return inputs, list(tensors[n:])
 
         @staticmethod
+        @full_precision
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
             if vjp is None:
                 raise NotImplementedError(f"{op}: reverse-mode differentiation is not supported")
@@ -163,6 +166,7 @@ def _autograd_kernel(op: Any, vjp: Vjp | None, jvp: Jvp | None) -> Callable[...,
             return (None, *vjp(inputs, outputs, grads, ctx.needs_input_grad[1:]))
 
         @staticmethod
+        @full_precision
         def jvp(ctx: Any, _keyset: Any, *tangents: Any) -> Any:
             if jvp is None:
                 raise NotImplementedError(f"{op}: forward-mode differentiation is not supported")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints, register_kl
 from torch.types import _size
 
+from .autocast import full_precision
 from .checks import check_broadcast, check_data, check_uniform
 from .covariance import KroneckerPlusNoise
 from .factor.diagnose import raise_if_not_finite
@@ -72,6 +73,7 @@ class KroneckerNormal(Distribution):
     support = constraints.independent(constraints.real, 2)
     has_rsample = True
 
+    @full_precision
     def __init__(
         self,
         loc: Tensor,
@@ -164,6 +166,7 @@ class KroneckerNormal(Distribution):
 
     # --- density and draws ------------------------------------------------------------------------
 
+    @full_precision
     def log_prob(self, value: Tensor) -> Tensor:
         """log N(vec(value); vec(loc), U) in nats, for value (*sample, *batch, T, D):
         (*sample, *batch)."""
@@ -174,6 +177,7 @@ class KroneckerNormal(Distribution):
             lambda: gaussian_nll(self._covariance, value - self.loc), value=value, loc=self.loc
         )
 
+    @full_precision
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008
         """Draws (*sample_shape, *batch, T, D), reparameterised: see
         :meth:`KroneckerPlusNoise.sample`."""
@@ -181,6 +185,7 @@ class KroneckerNormal(Distribution):
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         return self.loc + root_matmul(self._covariance._spectral(), noise)
 
+    @full_precision
     def entropy(self) -> Tensor:
         """½ (log det U + T·D·(1 + log 2π)), in nats: (*batch)."""
         n = self.event_shape.numel()
@@ -194,6 +199,7 @@ class KroneckerNormal(Distribution):
 
 
 @register_kl(KroneckerNormal, KroneckerNormal)  # type: ignore[untyped-decorator]
+@full_precision
 def _kl_kronecker_normal(p: KroneckerNormal, q: KroneckerNormal) -> Tensor:
     """½ [tr(U_q⁻¹ U_p) + (μ_q − μ_p)ᵀ U_q⁻¹ (μ_q − μ_p) − T·D + log det U_q − log det U_p].
 

@@ -95,7 +95,7 @@ def fisher_information(
     U, loc = _parts(likelihood)
     moved = [_tangents(X, leaves) for X in (*_factors(U), loc)]
     with torch.no_grad():
-        matrix = _expected(_spectral(U), likelihood.batch_shape, moved, _size(leaves))
+        matrix = _expected(U._spectral(), likelihood.batch_shape, moved, _size(leaves))
     return _information(matrix, point, likelihood)
 
 
@@ -172,12 +172,6 @@ def _parts(likelihood: Likelihood) -> tuple[KroneckerPlusNoise, Tensor | None]:
 def _factor(c: Covariance) -> Spectral:
     assert isinstance(c.factor, Spectral)
     return c.factor
-
-
-def _spectral(U: KroneckerPlusNoise) -> Covariance:
-    """Both factors diagonalised, whichever route U itself takes."""
-    noise = {"Sigma": U.Sigma, "log_noise": U.log_noise}
-    return KroneckerPlusNoise(U.M, U.K, **noise, method="spectral")._factorise()
 
 
 def _factors(U: KroneckerPlusNoise) -> tuple[Tensor | None, ...]:

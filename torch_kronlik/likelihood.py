@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import full_precision
 from .covariance import KroneckerPlusNoise
 from .derivatives import is_plain_eager
 from .factor.plan import fits_small
@@ -17,6 +18,7 @@ from .symmetric_eigen import SymmetricEigen
 __all__ = ["gaussian_nll", "kron_gaussian_nll"]
 
 
+@full_precision
 def kron_gaussian_nll(
     Y: Tensor,
     M: Tensor | SymmetricEigen,
@@ -74,6 +76,7 @@ def takes_small(U: KroneckerPlusNoise, Y: Tensor) -> bool:
     )
 
 
+@full_precision
 def gaussian_nll(U: KroneckerPlusNoise, Y: Tensor) -> Tensor:
     """The same over a covariance that may be factorised already."""
     if takes_small(U, Y):

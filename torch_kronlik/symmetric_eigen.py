@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .autocast import full_precision
 from .checks import check_floating, check_square
 from .rules.factorise import constant_eigen
 
@@ -26,6 +27,7 @@ class SymmetricEigen(NamedTuple):
     eigenvectors: Tensor
 
 
+@full_precision
 def symmetric_eigen(M: Tensor) -> SymmetricEigen:
     """Diagonalise a symmetric positive semidefinite matrix that stays the same over many calls.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..autocast import full_precision
 from .check import METHODS, check_arguments
 from .jacobian import expm_jacobian
 from .operators import expm_action
@@ -12,6 +13,7 @@ from .operators import expm_action
 __all__ = ["expm_diag_jacobian", "expm_diag_multiply"]
 
 
+@full_precision
 def expm_diag_multiply(d: Tensor, A: Tensor, v: Tensor, *, method: str = "auto") -> Tensor:
     """The exponential of a matrix with scaled rows, applied to a vector: ``exp(Diag(d) A) v``.
 
@@ -73,6 +75,7 @@ def _components(A: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return A.values().unsqueeze(-2), A.crow_indices(), A.col_indices()
 
 
+@full_precision
 def expm_diag_jacobian(d: Tensor, A: Tensor, v: Tensor) -> Tensor:
     """The Jacobian in d of ``w = exp(Diag(d) A) v``: entry [i, k] is ∂w_i/∂d_k.
 

@@ -103,6 +103,7 @@ class Spectral(NamedTuple):
         if left is None or right is None:
             out = X @ P.mT
         elif left.shape[:-2] == X.shape[:-2]:
+            right = right.expand(*X.shape[:-2], *right.shape[-2:])
             out = torch.cat([X, left], -1) @ torch.cat([P, right], -1).mT
         else:
             out = X @ P.mT + outer_to(left, right, to)

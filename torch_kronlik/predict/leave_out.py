@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..autocast import full_precision
 from ..covariance import KroneckerPlusNoise
 from ..factor.batch import symmetric
 from ..rules.expansion import inverse_blocks
@@ -22,6 +23,7 @@ __all__ = [
 LOG_2PI = math.log(2 * math.pi)
 
 
+@full_precision
 def leave_one_out(
     Y: Tensor,
     M: Tensor | SymmetricEigen,
@@ -64,6 +66,7 @@ def leave_one_out(
     return Y - A / precision, (1 / precision).expand_as(A)
 
 
+@full_precision
 def leave_one_out_log_prob(
     Y: Tensor,
     M: Tensor | SymmetricEigen,
@@ -104,6 +107,7 @@ def leave_one_out_log_prob(
     return -0.5 * (terms.sum((-2, -1)) + U.event_shape.numel() * LOG_2PI)
 
 
+@full_precision
 def leave_one_row_out(
     Y: Tensor,
     M: Tensor | SymmetricEigen,
@@ -147,6 +151,7 @@ def leave_one_row_out(
     return mean, covariance.expand(*mean.shape, mean.shape[-1])
 
 
+@full_precision
 def leave_one_row_out_log_prob(
     Y: Tensor,
     M: Tensor | SymmetricEigen,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..autocast import full_precision
 from ..checks import check_broadcast, check_uniform
 from ..covariance import KroneckerPlusNoise
 from ..factor.batch import symmetric
@@ -60,6 +61,7 @@ class KroneckerPosterior:
     (tensor([[0.5000]]), tensor([[0.5000]]))
     """
 
+    @full_precision
     def __init__(self, U: KroneckerPlusNoise, Y: Tensor, M_cross: Tensor, M_test: Tensor) -> None:
         self.U, self.Y, self.M_cross, self.M_test = U, Y, M_cross, M_test
         batch = U._check_data("Y", Y)
@@ -85,21 +87,25 @@ class KroneckerPosterior:
         )
 
     @property
+    @full_precision
     def mean(self) -> Tensor:
         """M_* A K, the mean of f and of the observations: (*batch, S, D)."""
         return self._expand(finite(self._krige(self.Y), self.M_cross, None, "M_cross"), 2)
 
     @property
+    @full_precision
     def variance(self) -> Tensor:
         """The variances of f: (*batch, S, D)."""
         return self.row_covariance.diagonal(dim1=-2, dim2=-1)
 
     @property
+    @full_precision
     def observation_variance(self) -> Tensor:
         """The variances of new observations, noise included: (*batch, S, D)."""
         return self.variance + self._noise().diagonal(dim1=-2, dim2=-1)[..., None, :]
 
     @property
+    @full_precision
     def row_covariance(self) -> Tensor:
         """The covariance of f between the outputs in each row: (*batch, S, D, D).
 
@@ -112,6 +118,7 @@ class KroneckerPosterior:
         return self._expand(finite(out, self.M_cross, self.M_test, "M_cross M_test"), 3)
 
     @property
+    @full_precision
     def covariance_matrix(self) -> Tensor:
         """The covariance of f between all S·D entries, row by row: (*batch, S·D, S·D).
 
@@ -126,6 +133,7 @@ class KroneckerPosterior:
         n = self.event_shape.numel()
         return self._expand(out.reshape(*out.shape[:-4], n, n), 2)
 
+    @full_precision
     def log_prob(self, Y_test: Tensor) -> Tensor:
         """The joint log density of new observations Y_test, noise included: (*batch).
 
@@ -146,6 +154,7 @@ class KroneckerPosterior:
             return self._log_prob_dense(Y_test)
         return self._log_prob_joint(Y_test)
 
+    @full_precision
     def rsample(
         self,
         sample_shape: Sequence[int] = (),
