@@ -23,6 +23,7 @@ from .factor.plan import check_method
 from .rules.common import Covariance
 from .rules.expansion import inverse_block_sum, inverse_blocks_diagonal
 from .rules.factorise import eigen, factorise, known_rows
+from .rules.finite import finite
 from .rules.multiply import multiply
 from .rules.quad_logdet import quad_logdet
 from .rules.sample import root_matmul
@@ -233,7 +234,7 @@ class KroneckerPlusNoise:
             if isinstance(self.M, SymmetricEigen)
             else _diagonal(self.M)[..., None]
         )
-        return rows * _diagonal(self.K)[..., None, :] + noise[..., None, :]
+        return self._finite(rows * _diagonal(self.K)[..., None, :] + noise[..., None, :])
 
     @full_precision
     def sample(
@@ -248,7 +249,7 @@ class KroneckerPlusNoise:
         """
         shape = (*sample_shape, *self.batch_shape, *self.event_shape)
         noise = torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
-        return root_matmul(self._spectral(), noise)
+        return self._finite(root_matmul(self._spectral(), noise))
 
     @full_precision
     def to_dense(self) -> Tensor:
@@ -262,7 +263,10 @@ class KroneckerPlusNoise:
         eye = torch.eye(T, dtype=self.dtype, device=self.device)
         signal = M[..., :, None, :, None] * K[..., None, :, None, :]
         U = signal + eye[:, None, :, None] * Sigma[..., None, :, None, :]
-        return U.reshape(self.shape)
+        return self._finite(U.reshape(self.shape))
+
+    def _finite(self, result: Tensor) -> Tensor:
+        return finite(result, M=self._rows, K=self.K, Sigma=self.Sigma, log_noise=self.log_noise)
 
     def __repr__(self) -> str:
         noise = "Sigma" if self.log_noise is None else "log_noise"

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .autocast import full_precision
 from .checks import check_floating, check_square
 from .likelihood import kron_gaussian_nll
 from .symmetric_eigen import SymmetricEigen
@@ -94,6 +95,7 @@ class KroneckerGaussianNLLLoss(nn.Module):
         return self.Sigma.diagonal()
 
     @property
+    @full_precision
     def Sigma(self) -> Tensor:
         """The noise covariance Σ between outputs: (D, D)."""
         if self.noise_structure == "diagonal":
@@ -104,6 +106,7 @@ class KroneckerGaussianNLLLoss(nn.Module):
         L = L.index_put((rows, columns), self.noise_lower)
         return L @ L.mT
 
+    @full_precision
     def forward(self, Y: Tensor, M: Tensor | SymmetricEigen, K: Tensor) -> Tensor:
         check_floating(K=K)
         check_square("K", K, "D", self.num_outputs)

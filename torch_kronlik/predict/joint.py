@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..covariance import KroneckerPlusNoise
 from ..rules.factorise import eigen
-from ..rules.posterior import finite, sqrt_matmul
+from ..rules.finite import finite
+from ..rules.posterior import sqrt_matmul
 from ..rules.sample import root_matmul
 from ..symmetric_eigen import SymmetricEigen
 
@@ -28,7 +29,7 @@ class JointPrior:
         # It is kept, so it needs a graph whatever the grad mode, and one with nothing to be freed.
         with torch.enable_grad():
             self.M = _join(_dense(U.M), M_cross, M_test)
-        finite(self.M.detach(), M_cross, M_test, "M_cross M_test")
+        finite(self.M.detach(), M_cross=M_cross, M_test=M_test)
         self.covariance = KroneckerPlusNoise(self.M, U.K, Sigma=U.Sigma, log_noise=U.log_noise)
         self._eigen: tuple[Tensor, Tensor] | None = None
 

@@ -14,7 +14,8 @@ from ..covariance import KroneckerPlusNoise
 from ..factor.batch import symmetric
 from ..likelihood import gaussian_nll
 from ..rules.expansion import inverse_blocks
-from ..rules.posterior import finite, inverse_pairs
+from ..rules.finite import finite
+from ..rules.posterior import inverse_pairs
 from .joint import JointPrior
 
 __all__ = ["KroneckerPosterior"]
@@ -90,7 +91,7 @@ class KroneckerPosterior:
     @full_precision
     def mean(self) -> Tensor:
         """M_* A K, the mean of f and of the observations: (*batch, S, D)."""
-        return self._expand(finite(self._krige(self.Y), self.M_cross, None, "M_cross"), 2)
+        return self._expand(finite(self._krige(self.Y), M_cross=self.M_cross), 2)
 
     @property
     @full_precision
@@ -115,7 +116,7 @@ class KroneckerPosterior:
         prior = self.M_test.diagonal(dim1=-2, dim2=-1) if self._full else self.M_test
         explained = K @ inverse_blocks(self.U._spectral(), self.M_cross) @ K
         out = prior[..., None, None] * K - explained
-        return self._expand(finite(out, self.M_cross, self.M_test, "M_cross M_test"), 3)
+        return self._expand(finite(out, M_cross=self.M_cross, M_test=self.M_test), 3)
 
     @property
     @full_precision
@@ -129,7 +130,7 @@ class KroneckerPosterior:
         pairs = inverse_pairs(self.U._spectral(), self.M_cross)
         explained = torch.einsum("...ad,...sdue,...eb->...saub", K, pairs, K)
         out = M_test[..., :, None, :, None] * K[..., None, :, None, :] - explained
-        out = finite(out, self.M_cross, M_test, "M_cross M_test")
+        out = finite(out, M_cross=self.M_cross, M_test=M_test)
         n = self.event_shape.numel()
         return self._expand(out.reshape(*out.shape[:-4], n, n), 2)
 
@@ -149,7 +150,7 @@ class KroneckerPosterior:
                 f"got {tuple(Y_test.shape)}"
             )
         check_broadcast(Y_test=Y_test.shape[:-2], posterior=self.batch_shape)
-        Y_test = finite(Y_test, Y_test, None, "Y_test")
+        Y_test = finite(Y_test, Y_test=Y_test)
         if self.event_shape.numel() <= self.U.event_shape[0]:
             return self._log_prob_dense(Y_test)
         return self._log_prob_joint(Y_test)

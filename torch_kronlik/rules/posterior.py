@@ -6,36 +6,11 @@ import torch
 from torch import Tensor
 
 from ..derivatives import define, may_be_differentiated, register
-from ..factor.diagnose import LinAlgError, batch_element, require_finite
-from .common import Covariance, Maybe
+from ..factor.diagnose import LinAlgError, batch_element
+from .common import Covariance
 from .expansion import Expansion, expand, moved, vanishing_sum
 
-__all__ = ["finite", "inverse_pairs", "sqrt_matmul"]
-
-
-# --- the non-finite input ------------------------------------------------------------------------
-
-
-def _finite(x: Tensor, first: Tensor, second: Maybe, names: str) -> Tensor:
-    require_finite(x, **dict(zip(names.split(), (first, second), strict=False)))
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-finite = define(
-    "finite(Tensor x, Tensor first, Tensor? second, str names) -> Tensor",
-    _finite,
-    lambda x, first, second, names: x.new_empty(x.shape),
-)
-"""x, after a check that it is finite; if not, one of the arguments it was computed from is named.
-An operator, because a check on values cannot be traced or mapped."""
-
-register(
-    finite,
-    vjp=lambda inputs, outputs, grads, needs: [grads[0], None, None, None],
-    jvp=lambda inputs, outputs, tangents: [tangents[0]],
-    # x has at least the dimensions of what it was computed from, so none are added to it
-    core_dims=lambda *_: ([0, 0, 0, None], [0]),
-)
+__all__ = ["inverse_pairs", "sqrt_matmul"]
 
 
 # --- the whole of (F ⊗ I) U⁻¹ (F ⊗ I)ᵀ -----------------------------------------------------------
