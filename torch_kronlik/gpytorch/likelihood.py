@@ -26,7 +26,8 @@ class MultitaskGaussianLikelihood(_Likelihood):  # type: ignore[misc]
     ``state_dict`` as the parent. Model, kernels, ``ExactMarginalLogLikelihood``, optimiser and
     prediction code stay as they are; training, ``model.eval()`` predictions, ``log_prob`` and
     samples then run on one factorisation of the T×T and D×D factors, whatever GPyTorch's settings
-    of sizes and fast computations.
+    of sizes and of fast predictions. (``settings.fast_computations(log_prob=False)`` asks for
+    torch's dense density, and gets it.)
 
     A prior covariance that is no Kronecker product with the tasks last (a sum, as ``LCMKernel``
     gives; independent tasks; ``interleaved=False``) is left to the parent, and so to GPyTorch's own
