@@ -115,15 +115,6 @@ class Cholesky(NamedTuple):
         out = sum_to(g[..., None, None] * weights, to, 2)
         return out if left is None or right is None else out.add_(outer_to(left, right, to))
 
-    def columns(self, weights: Tensor) -> Tensor:
-        """R Diag(weights) Rᵀ."""
-        return (self.R * weights[..., None, :]) @ self.R.mT
-
-    def noise_diagonal(self, weights: Tensor, log_noise: Tensor) -> Tensor:
-        """exp(s) ⊙ diag(R Diag(weights) Rᵀ), where exp(s/2) ⊙ R is orthogonal: no overflow."""
-        Q = torch.exp(0.5 * log_noise)[..., :, None] * self.R
-        return (Q.square() @ weights[..., None]).squeeze(-1)
-
     # --- second derivatives ------------------------------------------------------------------
 
     def logdet_hvp(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..derivatives import define, register
 from ..factor.batch import sum_to
+from ..factor.columns import columns
 from .common import COVARIANCE, Covariance, Maybe, Shape
 
 __all__ = ["directions", "logdet_gradients", "logdet_hvp", "to_arguments"]
@@ -47,7 +48,7 @@ def _gradients(*inputs: Any) -> tuple[Tensor, ...]:
     row, col_s, col_1 = f.sums(c.M)
     gM = f.rows(row, one, None, None, c.batch)
     shapes = [x.shape for x in _gradients_fake(*inputs)]
-    found = (gM, f.columns(col_s), f.columns(col_1))
+    found = (gM, columns(f.R, col_s), columns(f.R, col_1))
     return tuple(x.expand(s).contiguous() for x, s in zip(found, shapes, strict=True))
 
 

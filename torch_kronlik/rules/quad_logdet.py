@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..derivatives import define, register
 from ..factor.batch import outer_to, sum_to, symmetric
+from ..factor.columns import columns, noise_diagonal
 from ..factor.diagnose import require_finite
 from .common import (
     COVARIANCE,
@@ -137,11 +138,11 @@ def _columns_gradient(
     to_K, to_Sigma, to_log = to
     gK = gSigma = glog = None
     if to_K is not None:
-        gK = sum_to(f.columns(_sum_shared(f, col_s, to_K)), to_K, 2)
+        gK = sum_to(columns(f.R, _sum_shared(f, col_s, to_K)), to_K, 2)
     if to_Sigma is not None:
-        gSigma = sum_to(f.columns(_sum_shared(f, col_1, to_Sigma)), to_Sigma, 2)
+        gSigma = sum_to(columns(f.R, _sum_shared(f, col_1, to_Sigma)), to_Sigma, 2)
     if to_log is not None and c.log_noise is not None:
-        diagonal = f.noise_diagonal(_sum_shared(f, col_1, to_log), c.log_noise)
+        diagonal = noise_diagonal(f.R, _sum_shared(f, col_1, to_log), c.log_noise)
         glog = sum_to(diagonal, to_log, 1)
     return [gK, gSigma, glog]
 
