@@ -134,6 +134,32 @@ def test_solve_inverts_the_product(noise: str, method: str, assert_close: Check)
     assert_close(U.matmul(U.solve(p.Y)), p.Y, condition=kappa)
 
 
+def test_first_use_in_inference_mode() -> None:
+    """Then with gradients: inference tensors must not be what is kept."""
+    p = make_problem(4, 3)
+    K = p.K.clone().requires_grad_()
+    U = tk.KroneckerPlusNoise(p.M, K, **p.noise)
+    with torch.inference_mode():
+        U.logdet()
+    (g,) = grad(U.logdet(), K)
+    K2 = p.K.clone().requires_grad_()
+    torch.testing.assert_close(g, grad(reference.kron_logdet(p.M, K2, **p.noise), K2)[0])
+
+
+def test_argument_changed_in_place_after_the_factorisation() -> None:
+    """An optimiser's step: the new value or an error, never a mixture of old and new."""
+    p = make_problem(4, 3, noise="diagonal")
+    s = p.noise["log_noise"].clone()
+    U = tk.KroneckerPlusNoise(p.M, p.K, log_noise=s)
+    U.logdet()
+    s.add_(1.0)
+    try:
+        value = U.logdet()
+    except RuntimeError:
+        return
+    torch.testing.assert_close(value, reference.kron_logdet(p.M, p.K, log_noise=s))
+
+
 # ---------------------------------------------------------------- samples
 
 
@@ -147,7 +173,7 @@ def root(U: tk.KroneckerPlusNoise, monkeypatch: pytest.MonkeyPatch) -> Tensor:
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "randn", unit_vectors)
-        draws = U.sample((n,))
+        draws: Tensor = U.sample((n,))
     return draws.flatten(-2).movedim(0, -1)
 
 
@@ -185,9 +211,10 @@ def test_samples_are_differentiable(kind: str, noise: str, method: str) -> None:
         M, K = (M + M.mT) / 2, (K + K.mT) / 2
         key = next(iter(p.noise))
         Sigma = (noise_argument + noise_argument.mT) / 2 if key == "Sigma" else noise_argument
-        U = tk.KroneckerPlusNoise(M, K, **{key: Sigma}, method=method)  # type: ignore[arg-type]
+        U = tk.KroneckerPlusNoise(M, K, **{key: Sigma}, method=method)
         generator = torch.Generator().manual_seed(3)
-        return U.sample((2,), generator=generator)
+        sample: Tensor = U.sample((2,), generator=generator)
+        return sample
 
     inputs = tuple(x.requires_grad_() for x in (p.M, p.K, *p.noise.values()))
     assert gradcheck(draw, inputs, check_forward_ad=True)

@@ -125,9 +125,9 @@ def test_fits_by_gradient_descent() -> None:
 
     def step() -> torch.Tensor:
         optimiser.zero_grad()
-        nll = tk.kron_gaussian_nll(Y, M, K, log_noise=s)
+        nll: torch.Tensor = tk.kron_gaussian_nll(Y, M, K, log_noise=s)
         nll.backward()
         return nll
 
-    optimiser.step(step)  # type: ignore[no-untyped-call]
+    optimiser.step(step)
     torch.testing.assert_close(s.detach().exp(), Y.square().mean(0), rtol=1e-5, atol=0)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import pytest
 import torch
 from battery import (
+    ALL,
     FUNCTIONS,
     NOISES,
     ROUTES,
@@ -30,7 +31,7 @@ import torch_kronlik as tk
 from torch_kronlik.factor.plan import METHODS
 
 Check = Callable[..., None]
-each_function = pytest.mark.parametrize("name", FUNCTIONS)
+each_function = pytest.mark.parametrize("name", ALL)
 each_noise = pytest.mark.parametrize("noise", NOISES)
 each_route = pytest.mark.parametrize("method", ROUTES)
 
@@ -59,7 +60,7 @@ def test_every_kind(
 ) -> None:
     if kind in kinds_for(dtype):
         p = make_problem(6, 3, kind=kind, noise=noise, dtype=dtype)
-        check(FUNCTIONS[name], p, method, assert_close)
+        check(ALL[name], p, method, assert_close)
 
 
 @each_route
@@ -70,7 +71,7 @@ def test_every_batch_pattern(
     name: str, batch: str, noise: str, method: str, assert_close: Check
 ) -> None:
     p = make_problem(4, 3, batch=BATCHES[batch], noise=noise)
-    check(FUNCTIONS[name], p, method, assert_close)
+    check(ALL[name], p, method, assert_close)
 
 
 SIZES = [(0, 1), (0, 3), (1, 1), (1, 4), (5, 1), (2, 7), (33, 2), (12, 12)]
@@ -84,15 +85,15 @@ def test_every_size(
     name: str, size: tuple[int, int], noise: str, method: str, dtype: torch.dtype,
     assert_close: Check,
 ) -> None:  # fmt: skip
-    check(FUNCTIONS[name], make_problem(*size, noise=noise, dtype=dtype), method, assert_close)
+    check(ALL[name], make_problem(*size, noise=noise, dtype=dtype), method, assert_close)
 
 
 @each_route
 @each_noise
 @each_function
 def test_empty_grid_in_a_batch(name: str, noise: str, method: str, assert_close: Check) -> None:
-    check(FUNCTIONS[name], make_problem(0, 2, batch=(2, 3), noise=noise), method, assert_close)
-    check(FUNCTIONS[name], make_problem(3, 2, batch=(2, 0), noise=noise), method, assert_close)
+    check(ALL[name], make_problem(0, 2, batch=(2, 3), noise=noise), method, assert_close)
+    check(ALL[name], make_problem(3, 2, batch=(2, 0), noise=noise), method, assert_close)
 
 
 @each_route
@@ -103,7 +104,7 @@ def test_every_memory_layout(
 ) -> None:
     for noise in NOISES:
         p = make_problem(5, 3, batch=(2,), noise=noise, dtype=dtype)
-        check(FUNCTIONS[name], laid_out(p, how), method, assert_close)
+        check(ALL[name], laid_out(p, how), method, assert_close)
 
 
 @each_function
@@ -111,7 +112,7 @@ def test_arguments_in_different_layouts(name: str, assert_close: Check) -> None:
     p = make_problem(5, 3, batch=(2,))
     for Y, M in (("expanded", "contiguous"), ("strided", "transposed")):
         q = p._replace(Y=laid_out(p, Y).Y, M=laid_out(p, M).M)
-        check(FUNCTIONS[name], q, ROUTES[0], assert_close)
+        check(ALL[name], q, ROUTES[0], assert_close)
 
 
 def _broadcast_shapes(full: tuple[int, ...]) -> st.SearchStrategy[tuple[int, ...]]:
@@ -130,7 +131,7 @@ def _problems(draw: st.DrawFn) -> tuple[Problem, str]:
     T, D, seed = draw(st.integers(0, 6)), draw(st.integers(1, 5)), draw(st.integers(0, 99))
     p = make_problem(T, D, batch=batch, noise=noise, seed=seed)
     how = draw(st.sampled_from(["contiguous", "transposed", "strided", "offset"]))
-    return laid_out(p, how), draw(st.sampled_from(list(FUNCTIONS)))
+    return laid_out(p, how), draw(st.sampled_from(list(ALL)))
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -138,7 +139,7 @@ def _problems(draw: st.DrawFn) -> tuple[Problem, str]:
 def test_any_shape_batch_and_layout(drawn: tuple[Problem, str]) -> None:
     p, name = drawn
     for method in ROUTES:
-        check(FUNCTIONS[name], p, method, check_close)
+        check(ALL[name], p, method, check_close)
 
 
 # ---------------------------------------------------------------- M as a constant eigenpair
@@ -152,7 +153,7 @@ def test_constant_factor_by_its_eigenvalues(
     name: str, batch: str, noise: str, method: str, assert_close: Check
 ) -> None:
     p = make_problem(5, 3, batch=BATCHES[batch], noise=noise)
-    pair, f, kappa = tk.symmetric_eigen(p.M), FUNCTIONS[name], condition_number(p)
+    pair, f, kappa = tk.symmetric_eigen(p.M), ALL[name], condition_number(p)
 
     def structured(q: Problem) -> tuple[Tensor, ...]:
         return f.structured(q._replace(M=pair), method=method)
@@ -193,7 +194,7 @@ def test_repeated_calls_agree_bit_for_bit(
     name: str, noise: str, method: str, dtype: torch.dtype
 ) -> None:
     p = make_problem(40, 6, batch=(3,), noise=noise, dtype=dtype)
-    f = FUNCTIONS[name]
+    f = ALL[name]
 
     def run() -> list[Tensor]:
         grads = gradients(lambda q: f.structured(q, method=method), p)
@@ -209,14 +210,14 @@ def test_repeated_calls_agree_bit_for_bit(
 def test_arguments_are_left_alone(name: str) -> None:
     p = make_problem(5, 3, batch=(2,))
     before = map_problem(torch.clone, p)
-    gradients(lambda q: FUNCTIONS[name].structured(q), p)
+    gradients(lambda q: ALL[name].structured(q), p)
     for key, x in leaves(p).items():
         assert torch.equal(x, leaves(before)[key])
 
 
-@each_function
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_auto_is_one_of_the_routes(name: str) -> None:
-    p, f = make_problem(5, 3), FUNCTIONS[name]
+    p, f = make_problem(5, 3), ALL[name]
     used = tk.KroneckerPlusNoise(p.M, p.K, **p.noise).method_used
     assert used in ROUTES
     assert "auto" in METHODS

