@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from battery import FUNCTIONS, NOISES, ROUTES, double, from_leaves, gradients, leaves
+from battery import FUNCTIONS, NOISES, double, from_leaves, gradients, leaves
 from highprec import HighPrecision, evaluate
 from problems import KINDS, Problem, make_problem
 from torch import Tensor
@@ -20,12 +20,13 @@ from torch.autograd import grad
 
 import torch_kronlik as tk
 from torch_kronlik import reference
+from torch_kronlik.factor.plan import METHODS
 
 EPS = torch.finfo(torch.float64).eps
 FACTOR = 10  # times the dense error: the constants of two eigendecompositions against one Cholesky
 UNITS = 50  # in the last place, allowed where the dense computation is as good as exact
 
-each_route = pytest.mark.parametrize("method", ROUTES)
+each_route = pytest.mark.parametrize("method", METHODS)
 each_noise = pytest.mark.parametrize("noise", NOISES)
 
 

@@ -11,16 +11,17 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from battery import NOISES, ROUTES, from_leaves, leaves
+from battery import NOISES, from_leaves, leaves
 from problems import condition_number, dense_noise, kinds_for, make_problem
 from scipy import stats  # type: ignore[import-untyped]
 from torch.autograd import grad
 
 import torch_kronlik as tk
+from torch_kronlik.factor.plan import METHODS
 
 Check = Callable[..., None]
 each_noise = pytest.mark.parametrize("noise", NOISES)
-each_route = pytest.mark.parametrize("method", ROUTES)
+each_route = pytest.mark.parametrize("method", METHODS)
 
 
 @each_route

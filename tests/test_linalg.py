@@ -33,7 +33,7 @@ from torch_kronlik.factor.plan import METHODS
 Check = Callable[..., None]
 each_function = pytest.mark.parametrize("name", ALL)
 each_noise = pytest.mark.parametrize("noise", NOISES)
-each_route = pytest.mark.parametrize("method", ROUTES)
+each_route = pytest.mark.parametrize("method", METHODS)
 
 
 def check(f: Function, p: Problem, method: str, assert_close: Check) -> None:

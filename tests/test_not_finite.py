@@ -7,16 +7,17 @@ import warnings
 
 import pytest
 import torch
-from battery import FUNCTIONS, NOISES, ROUTES, Tensors, from_leaves, gradients, leaves
+from battery import FUNCTIONS, NOISES, Tensors, from_leaves, gradients, leaves
 from problems import make_problem
 from test_errors import LinAlgError, arguments, changed
 from torch import Tensor
 
 import torch_kronlik as tk
+from torch_kronlik.factor.plan import METHODS
 
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
 each_noise = pytest.mark.parametrize("noise", NOISES)
-each_route = pytest.mark.parametrize("method", ROUTES)
+each_route = pytest.mark.parametrize("method", METHODS)
 
 # ---------------------------------------------------------------- what is not finite
 
