@@ -204,18 +204,21 @@ class Worker {
     const T* m = t_.m + s_.m_batch.offset(b);
     const T* y = t_.y + s_.y_batch.offset(b);
     p.logdet = p.quad = 0;
-    double total = 0;
+    const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
+    const int D = static_cast<int>(s_.D);
+    p.status = whiten_small(outputs(b), D, eps, &work_, &p.basis);
+    if (p.status != kFine) spoil(&p.basis, D);
+    double zero = 0;
     for (int64_t i = 0; i < s_.T; ++i) {
       for (int64_t k = 0; k < s_.T; ++k) {
         p.m[i * s_.T + k] = m[i * s_.m_row + k * s_.m_col];
-        total += static_cast<double>(p.m[i * s_.T + k]);
+        zero += range_test(p.basis, p.m[i * s_.T + k]);
       }
     }
-    const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
-    p.status = whiten_small(outputs(b), static_cast<int>(s_.D), eps, &work_, &p.basis);
-    if (!std::isfinite(total)) p.status = kNotFinite;
-    // The lanes of a problem that failed stay harmless to their neighbours.
-    if (p.status != kFine) std::fill(p.basis.lam, p.basis.lam + s_.D, 0.0);
+    if (p.status == kFine && !(zero == 0)) {
+      p.status = kNotFinite;
+      spoil(&p.basis, D);
+    }
     for (int64_t i = 0; i < s_.T; ++i) {
       for (int64_t j = 0; j < s_.D; ++j) {
         double sum = 0;
@@ -311,9 +314,10 @@ class Worker {
     const double total = p.logdet + static_cast<double>(s_.T) * p.basis.logdet_noise + p.quad +
                          static_cast<double>(s_.T * s_.D) * log_2pi;
     if (p.status == kFine && !std::isfinite(p.logdet)) p.status = kCovariancePositive;
-    if (p.status == kFine && !std::isfinite(total)) p.status = kNotFinite;
+    const T nll = static_cast<T>(0.5 * total);
+    if (p.status == kFine && !std::isfinite(nll)) p.status = kNotFinite;
     t_.status[b] = p.status;
-    t_.nll[b] = static_cast<T>(0.5 * total);
+    t_.nll[b] = nll;
     if (gradients_) store_gradients(b, p);
   }
 
@@ -357,21 +361,27 @@ class Worker {
     T* g = t_.gnoise + b * size;
     for (int64_t at = 0; at < size; ++at) {
       const int64_t d = s_.full_noise ? at / D : at, e = s_.full_noise ? at % D : at;
-      const double value = weighted(p.basis.R, p.trace, d, e) - dot(&At_[d * s_.T], &At_[e * s_.T]);
-      const double scale = s_.full_noise ? 1.0 : std::exp(outputs(b).log_noise(d));
-      g[at] = static_cast<T>(0.5 * scale * value);
+      // exp(s) itself may overflow.
+      const double root = s_.full_noise ? 1.0 : std::exp(0.5 * outputs(b).log_noise(d));
+      g[at] = static_cast<T>(0.5 * (weighted(p.basis.R, p.trace, d, e, root) -
+                                    dot(&At_[d * s_.T], &At_[e * s_.T], root)));
     }
   }
 
-  double weighted(const double* R, const double* weights, int64_t d, int64_t e) const {
+  double weighted(const double* R, const double* weights, int64_t d, int64_t e,
+                  double scale = 1) const {
     double sum = 0;
-    for (int64_t j = 0; j < s_.D; ++j) sum += R[d * s_.D + j] * weights[j] * R[e * s_.D + j];
+    for (int64_t j = 0; j < s_.D; ++j) {
+      sum += (scale * R[d * s_.D + j]) * weights[j] * (scale * R[e * s_.D + j]);
+    }
     return sum;
   }
 
-  double dot(const T* a, const T* b) const {
+  double dot(const T* a, const T* b, double scale = 1) const {
     double sum = 0;
-    for (int64_t i = 0; i < s_.T; ++i) sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+    for (int64_t i = 0; i < s_.T; ++i) {
+      sum += (scale * static_cast<double>(a[i])) * (scale * static_cast<double>(b[i]));
+    }
     return sum;
   }
 

@@ -174,9 +174,12 @@ __device__ void subtract_rows(const SmallNll& s, const SmallOutputs<T>& o, const
   }
 }
 
-__device__ double weighted(const Whitened& basis, int D, const double* weights, int d, int e) {
+__device__ double weighted(const Whitened& basis, int D, const double* weights, int d, int e,
+                           double scale = 1) {
   double sum = 0;
-  for (int j = 0; j < D; ++j) sum += basis.R[d * D + j] * weights[j] * basis.R[e * D + j];
+  for (int j = 0; j < D; ++j) {
+    sum += (scale * basis.R[d * D + j]) * weights[j] * (scale * basis.R[e * D + j]);
+  }
   return sum;
 }
 
@@ -187,6 +190,8 @@ __device__ void columns(const SmallNll& s, const Shared<T>& sh, const SmallOutpu
   const int D = static_cast<int>(s.D);
   for (int at = threadIdx.x; at < D * D; at += kThreads) {
     const int d = at / D, e = at % D;
+    // exp(s) itself may overflow.
+    const double root = s.full_noise ? 1.0 : exp(0.5 * o.log_noise(d));
     double with_M = 0, plain = 0;
     for (int i = 0; i < s.T; ++i) {
       double inner = 0;
@@ -196,12 +201,12 @@ __device__ void columns(const SmallNll& s, const Shared<T>& sh, const SmallOutpu
       }
       const double a = static_cast<double>(A[i * D + d]);
       with_M += a * inner;
-      plain += a * static_cast<double>(A[i * D + e]);
+      plain += (root * a) * (root * static_cast<double>(A[i * D + e]));
     }
     gk[at] = static_cast<T>(0.5 * (weighted(sh.basis, D, sh.trace_M, d, e) - with_M));
-    const double value = 0.5 * (weighted(sh.basis, D, sh.trace, d, e) - plain);
-    if (s.full_noise) gnoise[at] = static_cast<T>(value);
-    if (!s.full_noise && d == e) gnoise[d] = static_cast<T>(exp(o.log_noise(d)) * value);
+    const T value = static_cast<T>(0.5 * (weighted(sh.basis, D, sh.trace, d, e, root) - plain));
+    if (s.full_noise) gnoise[at] = value;
+    if (!s.full_noise && d == e) gnoise[d] = value;
   }
 }
 
@@ -211,20 +216,24 @@ __device__ void finish(const SmallNll& s, const Pointers<T>& t, Shared<T>& sh, i
   const double total = sh.logdet + count * sh.basis.logdet_noise + sh.quad +
                        count * static_cast<double>(s.D) * 1.8378770664093454836;
   if (sh.status == kFine && !isfinite(sh.logdet)) sh.status = kCovariancePositive;
-  if (sh.status == kFine && !isfinite(total)) sh.status = kNotFinite;
+  const T nll = static_cast<T>(0.5 * total);
+  if (sh.status == kFine && !isfinite(nll)) sh.status = kNotFinite;
   t.status[b] = sh.status;
-  t.nll[b] = static_cast<T>(0.5 * total);
+  t.nll[b] = nll;
 }
 
 // Both triangles of M, of which the factorisation reads one.
 template <typename T>
-__device__ void require_finite(const SmallNll& s, Shared<T>& sh, const T* m) {
-  double total = 0;
+__device__ void require_range(const SmallNll& s, Shared<T>& sh, const T* m) {
+  double zero = 0;
   for (int64_t e = threadIdx.x; e < s.T * s.T; e += kThreads) {
-    total += static_cast<double>(m[e / s.T * s.m_row + e % s.T * s.m_col]);
+    zero += range_test(sh.basis, m[e / s.T * s.m_row + e % s.T * s.m_col]);
   }
-  total = block_sum(total);
-  if (threadIdx.x == 0 && !isfinite(total)) sh.status = kNotFinite;
+  zero = block_sum(zero);
+  if (threadIdx.x == 0 && sh.status == kFine && !(zero == 0)) {
+    sh.status = kNotFinite;
+    spoil(&sh.basis, static_cast<int>(s.D));
+  }
   __syncthreads();
 }
 
@@ -237,10 +246,11 @@ __global__ void small_problems(SmallNll s, Pointers<T> t, bool gradients) {
   if (threadIdx.x == 0) {
     const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
     sh.status = whiten_small(o, static_cast<int>(D), eps, &sh.work, &sh.basis);
+    if (sh.status != kFine) spoil(&sh.basis, static_cast<int>(D));
     sh.logdet = sh.quad = 0;
   }
   __syncthreads();
-  require_finite(s, sh, m);
+  require_range(s, sh, m);
   T *gm = t.gm + b * n * n, *A = t.gy + b * n * D;
   for (int j = 0; j < D; ++j) {
     factorise(s, sh, m, y, j);

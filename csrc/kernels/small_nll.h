@@ -20,4 +20,10 @@ struct SmallNll {
   BatchLayout y_batch, m_batch, k_batch, noise_batch;
 };
 
+// Zero for an entry of M whose products with every λ_j are in the range of T, else NaN.
+template <typename T>
+KRON_HD double range_test(const Whitened& basis, T m) {
+  return static_cast<double>(T(0) * (static_cast<T>(basis.largest) * m));
+}
+
 }  // namespace torch_kronlik

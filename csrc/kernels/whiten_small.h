@@ -21,7 +21,7 @@ struct WhitenWork {
 };
 
 struct Whitened {
-  double lam[kMaxSmallD];
+  double lam[kMaxSmallD], largest;  // the λ_j, and the largest |λ_j|
   double R[kMaxSmallD * kMaxSmallD];
   double logdet_noise;
 };
@@ -56,7 +56,9 @@ KRON_HD void jacobi_eigen(double* A, double* Q, int n) {
     for (int p = 0; p < n; ++p) {
       for (int q = p + 1; q < n; ++q) {
         const double off = fabs(A[p * n + q]);
-        if (off * off > kTiny * kTiny * fabs(A[p * n + p]) * fabs(A[q * n + q]) && off > 1e-300) {
+        // Roots one by one: products of entries leave the range of doubles.
+        const double size = sqrt(fabs(A[p * n + p])) * sqrt(fabs(A[q * n + q]));
+        if (off > kTiny * size && off > 1e-307) {
           jacobi_rotate(A, Q, n, p, q);
           rotated = true;
         }
@@ -121,20 +123,27 @@ KRON_HD void solve_lower(const double* L, int D, double* B) {
   }
 }
 
+// What a problem that failed computes on with: NaN for all its results.
+KRON_HD void spoil(Whitened* basis, int D) {
+  for (int i = 0; i < D * D; ++i) basis->R[i] = NAN;
+  for (int j = 0; j < D; ++j) basis->lam[j] = 0;
+  basis->largest = basis->logdet_noise = NAN;
+}
+
 template <typename T>
 KRON_HD SmallStatus whiten_small(const SmallOutputs<T>& x, int D, double eps, WhitenWork* work,
                                  Whitened* out) {
   int* order = work->order;
   double *L = work->L, *A = work->A, *B = work->B;
   descending(x, D, order);
-  double total = 0;
+  double zero = 0;  // unless an entry is not finite; the sum of the entries could overflow
   for (int i = 0; i < D; ++i) {
     for (int j = 0; j < D; ++j) {
       A[i * D + j] = x.K(order[i], order[j]);
-      total += A[i * D + j] + (x.full ? x.Sigma(i, j) : x.log_noise(i));
+      zero += 0 * A[i * D + j] + 0 * (x.full ? x.Sigma(i, j) : x.log_noise(i));
     }
   }
-  if (!std::isfinite(total)) return kNotFinite;
+  if (!(zero == 0)) return kNotFinite;
   if (!noise_root(x, D, order, L)) return kNoisePositive;
   // L⁻¹ K L⁻ᵀ = L⁻¹ (L⁻¹ K)ᵀ, K symmetric.
   solve_lower(L, D, A);
@@ -163,7 +172,9 @@ KRON_HD SmallStatus whiten_small(const SmallOutputs<T>& x, int D, double eps, Wh
       out->R[order[i] * D + j] = sum / L[i * D + i];
     }
   }
-  return std::isfinite(largest) && std::isfinite(out->logdet_noise) ? kFine : kNotFinite;
+  out->largest = largest;
+  // L_11 is the largest root of a noise variance, which may exceed the range of doubles.
+  return std::isfinite(largest + out->logdet_noise + L[0]) ? kFine : kNotFinite;
 }
 
 }  // namespace torch_kronlik
