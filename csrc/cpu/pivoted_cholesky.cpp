@@ -59,7 +59,7 @@ bool is_positive_semidefinite(const Work<T>& w, int64_t rank, double tolerance) 
   const int64_t n = w.c.T;
   std::vector<double> v(n), fv(rank, 0.0);
   for (int64_t i = 0; i < n; ++i) {
-    v[i] = test_sign(i);
+    v[i] = test_entry(i);
     for (int64_t k = 0; k < rank; ++k)
       fv[k] += v[i] * static_cast<double>(w.f[i * w.c.max_rank + k]);
   }
@@ -82,6 +82,7 @@ int64_t factorise(Work<T>& w) {
     largest = std::max(largest, w.rest[i]);
   }
   const double tolerance = trace_tolerance<T>(n, largest);
+  if (!std::isfinite(tolerance)) return -1;
   std::vector<double> pivot_row(w.c.max_rank);
   for (int64_t k = 0;; ++k) {
     double trace = 0;

@@ -74,7 +74,7 @@ __device__ double large_products(const PivotedCholesky& c, const Matrix<T>& x, i
   for (int64_t k = threadIdx.x; k < rank; k += kThreads) {
     double sum = 0;
     for (int64_t i = 0; i < c.T; ++i) {
-      sum += test_sign(i) * static_cast<double>(x.f[i * c.max_rank + k]);
+      sum += test_entry(i) * static_cast<double>(x.f[i * c.max_rank + k]);
     }
     x.fv[k] = sum;
   }
@@ -84,7 +84,7 @@ __device__ double large_products(const PivotedCholesky& c, const Matrix<T>& x, i
     double product = 0;
     // Along a column: M is symmetric, and neighbouring threads then read neighbouring entries.
     for (int64_t j = 0; j < c.T; ++j) {
-      product += test_sign(j) * static_cast<double>(x.m[j * c.row_stride + i * c.col_stride]);
+      product += test_entry(j) * static_cast<double>(x.m[j * c.row_stride + i * c.col_stride]);
     }
     const double difference = product - lane_dot(x.f + i * c.max_rank, x.fv, rank);
     if (!(fabs(difference) <= tolerance)) bad += 1;
@@ -100,6 +100,7 @@ __device__ int64_t factorise(const PivotedCholesky& c, const Matrix<T>& x) {
     if (x.rest[i] > first.rest) first = Pivot{x.rest[i], i};
   }
   const double tolerance = trace_tolerance<T>(c.T, block_largest(first).rest);
+  if (!isfinite(tolerance)) return -1;
   for (int64_t k = 0;; ++k) {
     double trace = 0;
     Pivot mine{0, 0};

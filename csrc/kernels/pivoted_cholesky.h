@@ -2,7 +2,8 @@
 
 // M ≈ F Fᵀ by Cholesky with the largest remaining diagonal entry as pivot, stopped where the rest
 // E = M - F Fᵀ is rounding: Σ|E_ii| <= T eps max M_ii. Then E is positive semidefinite with that
-// trace, if M is; and that M is, is tested on one vector: |E v| is bounded by the trace.
+// trace, if M is; and that M is, is tested on one vector: |E v| is bounded by the trace. A generic
+// vector: a matrix of repeated patterns cannot cancel in its product with it.
 
 #include <cmath>
 #include <limits>
@@ -30,11 +31,12 @@ KRON_HD double product_tolerance(int64_t size, double trace_tolerance) {
   return 8 * std::sqrt(static_cast<double>(size)) * trace_tolerance;
 }
 
-// The entries +1 and -1 of v: the Thue-Morse sequence, which is orthogonal to smooth vectors.
-KRON_HD double test_sign(int64_t i) {
-  bool odd = false;
-  for (; i; i >>= 1) odd ^= (i & 1);
-  return odd ? -1.0 : 1.0;
+// The entries of v, in (-1, 1): the bits of i well mixed (the finaliser of splitmix64).
+KRON_HD double test_entry(int64_t i) {
+  uint64_t z = (static_cast<uint64_t>(i) + 1) * 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return static_cast<double>(static_cast<int64_t>(z ^ (z >> 31))) * 0x1p-63;
 }
 
 // Σ_k a_k b_k in eight lanes, added in a fixed order.

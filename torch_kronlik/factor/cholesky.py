@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .batch import Shape, outer_to, sum_to, symmetric
-from .diagnose import not_positive_definite, require_finite_sum
+from .diagnose import not_positive_definite, require_finite, require_finite_sum
 from .eigen import U
 
 __all__ = ["Cholesky", "factors", "without_zeros"]
@@ -38,6 +38,7 @@ def factors(M: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         C.diagonal(dim1=-2, dim2=-1).add_(1)
         factor, info = torch.linalg.cholesky_ex(C)
         if bool(info.any()):
+            require_finite(C)
             not_positive_definite(U, info != 0)
         L[..., j, :, :] = factor
     return L, 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
