@@ -14,10 +14,9 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from common import error, take_turns
 from torch import Tensor
 
 import torch_kronlik as tk
@@ -34,22 +33,6 @@ SHAPES = [  # p, m, n
 def torch_sum(A: Tensor, p: int) -> Tensor:
     rows, cols = A.shape
     return A.view(p, rows // p, p, cols // p).diagonal(dim1=0, dim2=2).sum(-1)
-
-
-def seconds(f: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    f()
-    return time.perf_counter() - start
-
-
-def measure(contestants: list[Callable[[], object]], repeats: int) -> list[list[float]]:
-    for f in contestants:
-        f()
-    return [[seconds(f) for f in contestants] for _ in range(repeats)]
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected).abs().max() / expected.abs().max())
 
 
 def exact(A: Tensor, p: int) -> Tensor:
@@ -78,7 +61,7 @@ def report(p: int, m: int, n: int, dtype: torch.dtype, transposed: bool, repeats
     blocks = blocks_of(A, p)
     packed, source = torch.empty_like(blocks), torch.randn(blocks.numel(), dtype=dtype)
     target = torch.empty_like(source)
-    turns = measure(
+    turns = take_turns(
         [
             lambda: tk.block_diag_sum(A, p),
             lambda: torch_sum(A, p),

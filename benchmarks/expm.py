@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import scipy.linalg
 import torch
+from common import error, ratio, take_turns
 from torch import Tensor
 
 import torch_kronlik as tk
@@ -50,28 +50,17 @@ def by_scipy(d: Tensor, A: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return torch.from_numpy((G * A.numpy()).sum(1))
 
 
-def seconds(f: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    f()
-    return time.perf_counter() - start
-
-
-def error(actual: Tensor, expected: Tensor | None) -> str:
-    if expected is None:
-        return "-"
-    return f"{float((actual - expected).abs().max() / expected.abs().max()):.0e}"
-
-
 def row(n: int, norm: float, repeats: int) -> str:
     inputs = problem(n, norm)
     expected = by_scipy(*inputs) if n <= LARGEST_CHECKED else None
-    errors = [error(f(*inputs), expected) for f in (ours, by_matrix_exp)]
-    turns = [
-        [seconds(lambda f=f: f(*inputs)) for f in (ours, by_matrix_exp)] for _ in range(repeats)
+    contestants = (ours, by_matrix_exp)
+    errors = [
+        "-" if expected is None else f"{error(f(*inputs), expected):.0e}" for f in contestants
     ]
+    turns = take_turns([partial(f, *inputs) for f in contestants], repeats)
     fast, slow = (1e3 * statistics.median(x) for x in zip(*turns, strict=True))
-    ratio = statistics.median(b / a for a, b in turns)
-    return f"| {n} | {norm:g} | {fast:.1f} | {slow:.0f} | {ratio:.1f} | {errors[0]} | {errors[1]} |"
+    by = ratio(turns, of=1).median
+    return f"| {n} | {norm:g} | {fast:.1f} | {slow:.0f} | {by:.1f} | {errors[0]} | {errors[1]} |"
 
 
 def main() -> None:
