@@ -64,22 +64,11 @@ def kron_gaussian_nll(
     )
 
 
-def takes_small(U: KroneckerPlusNoise, Y: Tensor) -> bool:
-    """Whether one native call for value and gradients serves: M not shared by several problems."""
-    T, D = U.event_shape
-    return (
-        fits_small(T, D)
-        and U.is_fresh
-        and isinstance(U.M, Tensor)
-        and is_plain_eager()
-        and U.M.shape[:-2] == torch.broadcast_shapes(Y.shape[:-2], U.batch_shape)
-    )
-
-
 @full_precision
 def gaussian_nll(U: KroneckerPlusNoise, Y: Tensor) -> Tensor:
     """The same over a covariance that may be factorised already."""
-    if takes_small(U, Y):
+    batch = U._check_data("Y", Y)
+    if _is_small(U, batch):
         arguments: Any = (Y, U.M, U.K, U.Sigma, U.log_noise)
         needed = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in arguments
@@ -88,3 +77,15 @@ def gaussian_nll(U: KroneckerPlusNoise, Y: Tensor) -> Tensor:
         return value
     inv_quad, logdet = U.inv_quad_logdet(Y)
     return 0.5 * (inv_quad + logdet + U.event_shape.numel() * math.log(2 * math.pi))
+
+
+def _is_small(U: KroneckerPlusNoise, batch: torch.Size) -> bool:
+    """Whether one native call for value and gradients serves: no M shared by several problems."""
+    T, D = U.event_shape
+    return (
+        fits_small(T, D)
+        and U.is_fresh
+        and isinstance(U.M, Tensor)
+        and U.M.shape[:-2] == batch
+        and is_plain_eager()
+    )
