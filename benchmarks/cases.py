@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Case", "Target", "TARGETS", "curves", "grid", "problem"]
+__all__ = ["TARGETS", "Case", "Target", "curves", "grid", "problem"]
 
 LENGTH = 0.1  # of the kernels, on a line from 0 to 1
 
@@ -55,7 +55,7 @@ TARGETS = [
 
 def curves(largest: int) -> list[Case]:
     """Time against T, a smooth and a rough kernel."""
-    sizes = [T for T in (8, 16, 32, 64, 128, 256, 512, 1000, 2000, 4000) if T <= largest]
+    sizes = [T for T in (8, 16, 32, 64, 128, 256, 512, 1000, 2000, 4000) if largest >= T]
     return [Case(T, 4, kernel) for kernel in ("rbf", "matern12") for T in sizes]
 
 
@@ -72,7 +72,7 @@ def grid(largest: int) -> list[Case]:
     cases += [Case(8, 2, batch=4096), Case(16, 3, batch=1024), Case(32, 4, batch=256)]
     cases += [Case(32, 4, batch=256, noise="full"), Case(32, 4, batch=256, dtype=torch.float32)]
     cases += [Case(64, 16, batch=16), Case(200, 4, batch=8)]
-    return [c for c in cases if c.T <= largest]
+    return [c for c in cases if largest >= c.T]
 
 
 def problem(case: Case) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:

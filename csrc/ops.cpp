@@ -17,4 +17,7 @@ STABLE_TORCH_LIBRARY(torch_kronlik, m) {
   m.def(
       "small_nll(Tensor Y, Tensor M, Tensor K, Tensor noise, bool full_noise, bool gradients)"
       " -> (Tensor nll, Tensor gY, Tensor gM, Tensor gK, Tensor gnoise, Tensor status)");
+  m.def(
+      "whiten_small(Tensor K, Tensor noise, bool full_noise)"
+      " -> (Tensor lam, Tensor R, Tensor logdet_noise, Tensor status)");
 }

@@ -153,4 +153,32 @@ inline SmallNll small_nll_of(const Tensor& Y, const Tensor& M, const Tensor& K, 
   return s;
 }
 
+inline Sizes whiten_small_batch(const Tensor& K, const Tensor& noise, bool full_noise) {
+  const char* op = "whiten_small";
+  const int64_t core = full_noise ? 2 : 1;
+  check_min_dim(K, 2, op);
+  check_min_dim(noise, core, op);
+  check_alike(K, noise, op);
+  const int64_t D = K.size(K.dim() - 1);
+  STD_TORCH_CHECK(D >= 1 && D <= kMaxSmallD, op, ": too large");
+  STD_TORCH_CHECK(K.size(K.dim() - 2) == D && noise.size(noise.dim() - 1) == D &&
+                      noise.size(noise.dim() - core) == D,
+                  op, ": K and the noise do not fit");
+  return broadcast(batch_sizes(K, 2), batch_sizes(noise, core), op);
+}
+
+inline WhitenSmall whiten_small_of(const Tensor& K, const Tensor& noise, bool full_noise,
+                                   const Sizes& batch) {
+  const int64_t core = full_noise ? 2 : 1;
+  WhitenSmall w;
+  w.D = K.size(K.dim() - 1);
+  w.full_noise = full_noise;
+  w.k_row = K.stride(K.dim() - 2), w.k_col = K.stride(K.dim() - 1);
+  w.noise_row = noise.stride(noise.dim() - core), w.noise_col = noise.stride(noise.dim() - 1);
+  w.k_batch = batch_layout(K, 2, batch);
+  w.noise_batch = batch_layout(noise, core, batch);
+  w.own_noise_batch = batch_layout(noise, core, batch_sizes(noise, core));
+  return w;
+}
+
 }  // namespace torch_kronlik

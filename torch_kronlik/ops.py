@@ -26,6 +26,7 @@ __all__ = [
     "kron_diag_sums",
     "pivoted_cholesky",
     "small_nll",
+    "whiten_small",
 ]
 
 _HERE = Path(__file__).parent
@@ -70,6 +71,8 @@ kron_diag_scale = _native.kron_diag_scale.default  # (s, lam, Y) -> Z, inv_quad
 pivoted_cholesky = _native.pivoted_cholesky.default  # (M, max_rank) -> F, rank (-1: too high)
 small_nll = _native.small_nll.default
 # (Y, M, K, noise, full_noise, gradients) -> nll, gY, gM, gK, gnoise, status
+whiten_small = _native.whiten_small.default
+# (K, noise, full_noise) -> lam, R, logdet_noise, status; D ≤ 16
 
 
 class KronDiag(NamedTuple):
@@ -145,6 +148,13 @@ def _small_nll_fake(
     return Y.new_empty(batch), *found, Y.new_empty(batch, dtype=torch.int64)
 
 
+def _whiten_small_fake(K: Tensor, noise: Tensor, full_noise: bool) -> tuple[Tensor, ...]:
+    own = noise.shape[: noise.dim() - (2 if full_noise else 1)]
+    batch, D = torch.broadcast_shapes(K.shape[:-2], own), K.shape[-1]
+    shapes = ((*batch, D), (*batch, D, D), own)
+    return *(K.new_empty(x) for x in shapes), K.new_empty(batch, dtype=torch.int64)
+
+
 _FAKES: dict[Any, Callable[..., Any]] = {
     block_diag_sum: _block_diag_sum_fake,
     block_diag_expand: _block_diag_expand_fake,
@@ -152,6 +162,7 @@ _FAKES: dict[Any, Callable[..., Any]] = {
     kron_diag_scale: _kron_diag_scale_fake,
     pivoted_cholesky: _pivoted_cholesky_fake,
     small_nll: _small_nll_fake,
+    whiten_small: _whiten_small_fake,
 }
 _library = torch.library.Library("torch_kronlik", "IMPL")
 for _op, _fake in _FAKES.items():
@@ -262,8 +273,12 @@ register(
     core_dims=lambda s, lam, Y: ([1, 1, 2], [2, 0]),
 )
 
-# Part of a factorisation, which is a constant for differentiation.
+# Parts of a factorisation, which is a constant for differentiation.
 register(pivoted_cholesky, core_dims=lambda M, max_rank: ([2, None], [2, 0]))
+register(
+    whiten_small,
+    core_dims=lambda K, noise, full: ([2, 2 if full else 1, None], [1, 2, 0, 0]),
+)
 
 
 def _refused(*_: object) -> NoReturn:

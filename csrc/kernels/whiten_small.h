@@ -6,7 +6,7 @@
 
 #include <cmath>
 
-#include "../macros.h"
+#include "../batch.h"
 
 namespace torch_kronlik {
 
@@ -175,6 +175,48 @@ KRON_HD SmallStatus whiten_small(const SmallOutputs<T>& x, int D, double eps, Wh
   out->largest = largest;
   // L_11 is the largest root of a noise variance, which may exceed the range of doubles.
   return std::isfinite(largest + out->logdet_noise + L[0]) ? kFine : kNotFinite;
+}
+
+// The noise in its own batch: log det Σ, not a number where Σ is not positive definite.
+template <typename T>
+KRON_HD double noise_logdet(const SmallOutputs<T>& x, int D, WhitenWork* work) {
+  for (int i = 0; i < D; ++i) work->order[i] = i;
+  if (x.full && !noise_root(x, D, work->order, work->L)) return NAN;
+  double sum = 0;
+  for (int i = 0; i < D; ++i) sum += x.full ? 2 * log(work->L[i * D + i]) : x.log_noise(i);
+  return sum;
+}
+
+// A batch of them.
+struct WhitenSmall {
+  int64_t D;
+  bool full_noise;
+  int64_t k_row, k_col, noise_row, noise_col;
+  BatchLayout k_batch, noise_batch, own_noise_batch;
+
+  template <typename T>
+  KRON_HD SmallOutputs<T> outputs(const T* k, const T* noise, int64_t b) const {
+    const T* own = noise + noise_batch.offset(b);
+    return {k + k_batch.offset(b), k_row, k_col, own, noise_row, noise_col, full_noise};
+  }
+  template <typename T>
+  KRON_HD SmallOutputs<T> noise_alone(const T* noise, int64_t b) const {
+    const T* own = noise + own_noise_batch.offset(b);
+    return {nullptr, 0, 0, own, noise_row, noise_col, full_noise};
+  }
+};
+
+// λ (D) ascending and R (D×D), its columns in the same order.
+template <typename T>
+KRON_HD void store_ascending(const Whitened& from, int D, T* lam, T* R) {
+  for (int j = 0; j < D; ++j) {
+    int at = 0;
+    for (int k = 0; k < D; ++k) {
+      at += from.lam[k] < from.lam[j] || (from.lam[k] == from.lam[j] && k < j);
+    }
+    lam[at] = static_cast<T>(from.lam[j]);
+    for (int i = 0; i < D; ++i) R[i * D + at] = static_cast<T>(from.R[i * D + j]);
+  }
 }
 
 }  // namespace torch_kronlik

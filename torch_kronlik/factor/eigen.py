@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .diagnose import not_positive_definite, raise_if_not_finite, require_finite, require_finite_sum
+from ..ops import whiten_small
+from .diagnose import (
+    OVERFLOW,
+    not_positive_definite,
+    raise_if_not_finite,
+    require_finite,
+    require_finite_sum,
+)
 
 __all__ = ["U", "eigen", "require_positive_definite", "rounded", "whiten"]
 
@@ -18,15 +25,36 @@ def eigen(M: Tensor) -> tuple[Tensor, Tensor]:
     return rounded(s), P.contiguous()
 
 
+# The native kernel's storage; beyond it a call of LAPACK is the cheaper one anyway.
+LARGEST_NATIVE = 16
+
+
 def whiten(
     K: Tensor, Sigma: Tensor | None, log_noise: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """K and Sigma diagonalised together, RᵀΣR = I and RᵀKR = Diag(lam): (lam, R, log det Sigma).
 
     The outputs are taken in descending order of noise, so that L⁻¹ adds rows of smaller entries to
-    rows of larger ones and L⁻¹KL⁻ᵀ is graded; ``eigh`` gets it from large to small, the order in
-    which it keeps the small eigenvalues of a graded matrix.
+    rows of larger ones and L⁻¹KL⁻ᵀ is graded, and an algorithm that keeps the small eigenvalues of
+    graded matrices can find them. ``lam`` is ascending.
     """
+    if K.shape[-1] > LARGEST_NATIVE:
+        return _whiten_by_lapack(K, Sigma, log_noise)
+    noise = log_noise if Sigma is None else Sigma
+    lam, R, logdet_noise, status = whiten_small(K, noise, Sigma is not None)
+    if bool(status.any()):
+        raise_if_not_finite(K=K, Sigma=Sigma, log_noise=log_noise)
+        if bool((status == 1).any()):
+            not_positive_definite("Sigma", status == 1)
+        raise OverflowError(OVERFLOW)
+    return lam, R, logdet_noise
+
+
+def _whiten_by_lapack(
+    K: Tensor, Sigma: Tensor | None, log_noise: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``eigh`` gets the graded matrix from large to small, the order in which it keeps the small
+    eigenvalues."""
     noise = log_noise if Sigma is None else Sigma.diagonal(dim1=-2, dim2=-1)
     assert noise is not None
     order = noise.argsort(-1, descending=True)
