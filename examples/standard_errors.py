@@ -44,7 +44,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import torch_kronlik as tk
-from torch_kronlik.estimates import Estimates
+from torch_kronlik import Estimates
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.82"
 SERIES = ["inflation", "treasury bills"]

@@ -51,8 +51,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device=cuda: torch sees no CUDA device")
     # torch's own modules (forward mode, vmap) call it on import: nothing a user of them can change.
-    ignored = "ignore:`torch.jit.*` is deprecated:DeprecationWarning"
-    config.addinivalue_line("filterwarnings", ignored)
+    for category in ("DeprecationWarning", "FutureWarning"):
+        ignored = f"ignore:`?torch.jit.*` is deprecated:{category}"
+        config.addinivalue_line("filterwarnings", ignored)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -5,6 +5,7 @@ from torch_kronlik._version import __version__
 from torch_kronlik.blocks import block_diag, block_diag_sum
 from torch_kronlik.covariance import KroneckerPlusNoise
 from torch_kronlik.distribution import KroneckerNormal
+from torch_kronlik.estimates import Estimates, Information
 from torch_kronlik.expm import expm_diag_jacobian, expm_diag_multiply
 from torch_kronlik.information import fisher_information, observed_information
 from torch_kronlik.likelihood import kron_gaussian_nll
@@ -28,6 +29,8 @@ from torch_kronlik.predict import (
 from torch_kronlik.symmetric_eigen import SymmetricEigen, symmetric_eigen
 
 __all__ = [
+    "Estimates",
+    "Information",
     "KroneckerGaussianNLLLoss",
     "KroneckerNormal",
     "KroneckerPlusNoise",

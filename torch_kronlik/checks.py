@@ -9,6 +9,7 @@ from torch import Tensor
 
 __all__ = [
     "check_broadcast",
+    "check_constant",
     "check_data",
     "check_eigenvalues",
     "check_floating",
@@ -58,6 +59,14 @@ def check_eigenvalues(s: Tensor, P: Tensor) -> None:
         raise ValueError(
             f"M.eigenvalues must have shape {tuple(P.shape[:-1])} to go with eigenvectors of shape "
             f"{tuple(P.shape)}, got {tuple(s.shape)}"
+        )
+
+
+def check_constant(s: Tensor, P: Tensor) -> None:
+    if s.requires_grad or P.requires_grad:
+        name = "M.eigenvalues" if s.requires_grad else "M.eigenvectors"
+        raise ValueError(
+            f"{name} requires a gradient, but a SymmetricEigen is a constant: detach it"
         )
 
 

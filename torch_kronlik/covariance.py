@@ -11,6 +11,7 @@ from torch import Tensor
 from .autocast import full_precision
 from .checks import (
     check_broadcast,
+    check_constant,
     check_data,
     check_eigenvalues,
     check_noise,
@@ -82,6 +83,7 @@ class KroneckerPlusNoise:
         if isinstance(M, SymmetricEigen):
             check_uniform(**{"M.eigenvectors": M.eigenvectors, "M.eigenvalues": M.eigenvalues})
             check_eigenvalues(M.eigenvalues, M.eigenvectors)
+            check_constant(M.eigenvalues, M.eigenvectors)
         check_noise(K, Sigma, log_noise)
         self._noise_batch = Sigma.shape[:-2] if log_noise is None else log_noise.shape[:-1]  # type: ignore[union-attr]
         self.batch_shape = check_broadcast(

@@ -43,7 +43,6 @@ class Covariance(NamedTuple):
     def factor(self) -> Spectral | Cholesky:
         return ROUTES[self.route](*self[4:9])
 
-    @property
     def spectral(self) -> Spectral:
         """The factor, where it is known to be in spectral form."""
         assert self.route == "spectral"

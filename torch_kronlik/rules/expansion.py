@@ -78,7 +78,6 @@ class Expansion(NamedTuple):
     VK: Maybe  # (*batch, D, D)
     VSigma: Maybe  # (*batch, D, D)
 
-    @property
     def moves(self) -> bool:
         return any(x is not None for x in self[3:])
 
@@ -90,7 +89,7 @@ def moved(Z: Tensor) -> Tensor:
 
 
 def expand(c: Covariance) -> Expansion:
-    f = c.spectral
+    f = c.spectral()
     X = VK = VSigma = None
     if c.M is not None and may_be_differentiated(c.M):
         X = moved(f.P.mT @ c.M @ f.P)
@@ -119,7 +118,7 @@ class Weights(NamedTuple):
 def _columns(e: Expansion, x: Weights, what: str) -> Tensor:
     """Σ_ik x_ik [(Diag(1/w) + E)⁻¹]_(ij,kl) for each weight: (*batch, S, D, D)."""
     C = torch.diag_embed(x.plain @ e.W)
-    return C + _moved_columns(e, x, what) if e.moves else C
+    return C + _moved_columns(e, x, what) if e.moves() else C
 
 
 def _moved_columns(e: Expansion, x: Weights, what: str) -> Tensor:
@@ -170,7 +169,7 @@ def _row_terms(e: Expansion, x: Weights, local: Maybe) -> Tensor:
 
 
 def _in_outputs(c: Covariance, C: Tensor) -> Tensor:
-    R = c.spectral.R[..., None, :, :]
+    R = c.spectral().R[..., None, :, :]
     out: Tensor = R @ C @ R.mT
     return out
 
@@ -190,7 +189,9 @@ def inverse_block_sum(c: Covariance) -> Tensor:
 def inverse_blocks(c: Covariance, F: Tensor) -> Tensor:
     """(f_s ⊗ I)ᵀ U⁻¹ (f_s ⊗ I) for each row f_s of F (*batch, S, T): (*batch, S, D, D)."""
     e = expand(c)
-    return _in_outputs(c, _columns(e, _outer_weights(e, F @ c.spectral.P), "blocks of the inverse"))
+    return _in_outputs(
+        c, _columns(e, _outer_weights(e, F @ c.spectral().P), "blocks of the inverse")
+    )
 
 
 def inverse_blocks_diagonal(c: Covariance, F: Maybe = None) -> Tensor:
@@ -198,10 +199,10 @@ def inverse_blocks_diagonal(c: Covariance, F: Maybe = None) -> Tensor:
 
     F = None stands for the identity.
     """
-    e, P, R = expand(c), c.spectral.P, c.spectral.R
+    e, P, R = expand(c), c.spectral().P, c.spectral().R
     x = _outer_weights(e, P if F is None else F @ P)
     diagonal = (x.plain @ e.W) @ R.square().mT
-    if not e.moves:
+    if not e.moves():
         return diagonal
     moved_blocks = _in_outputs(c, _moved_columns(e, x, "a diagonal of the inverse"))
     return diagonal + _diagonal(moved_blocks)
@@ -218,7 +219,7 @@ def _outer_weights(e: Expansion, Fh: Tensor) -> Weights:
 
 def inverse_trace(c: Covariance, M2: Tensor, K2: Tensor) -> Tensor:
     """tr(U⁻¹ (M2 ⊗ K2)), (*batch)."""
-    e, P = expand(c), c.spectral.P
+    e, P = expand(c), c.spectral().P
     xh = P.mT @ symmetric(M2) @ P
     x = Weights(
         _diagonal(xh)[..., None, :],

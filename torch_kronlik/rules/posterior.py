@@ -22,13 +22,13 @@ def inverse_pairs(c: Covariance, F: Tensor) -> Tensor:
     Σ_j (F̂ Diag(W_·j) F̂ᵀ)_su R_dj R_ej with F̂ = F P; with derivatives, the expansion of
     :mod:`.expansion`, which then needs memory for S·T·D² numbers.
     """
-    e, f = expand(c), c.spectral
+    e, f = expand(c), c.spectral()
     Fh = F @ f.P
     scaled = Fh[..., None, :, :] * e.W.mT[..., :, None, :]  # (*batch, D, S, T)
     G = torch.diag_embed((scaled @ Fh[..., None, :, :].mT).movedim(-3, -1)).movedim(
         (-2, -1), (-4, -3)
     )
-    if e.moves:
+    if e.moves():
         G = G + _moved_pairs(e, scaled)
     out: Tensor = torch.einsum("...dj,...jlsu,...el->...sdue", f.R, G, f.R)
     return out

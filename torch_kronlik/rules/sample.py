@@ -20,7 +20,7 @@ def root_matmul(c: Covariance, E: Tensor) -> Tensor:
     differences: dV_ab = dA_ab / (v_a + v_b). First order; the second is refused.
     """
     L, whitened = _whiten(c)
-    f = c.spectral
+    f = c.spectral()
     Q = (L[..., :, None] * f.R if c.log_noise is not None else L.mT @ f.R).detach()
     v = (1 + f.s[..., :, None] * f.lam[..., None, :]).sqrt()
     Eh = f.P.mT @ E @ Q
