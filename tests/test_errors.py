@@ -131,6 +131,15 @@ def test_symmetric_eigen_refuses() -> None:
         tk.symmetric_eigen(torch.tensor([[1.0, math.nan], [math.nan, 1.0]]).tril())
 
 
+@pytest.mark.parametrize("part", ["eigenvalues", "eigenvectors"])
+def test_a_constant_factor_with_a_gradient_is_refused(part: str) -> None:
+    p = make_problem(4, 3)
+    M = tk.symmetric_eigen(p.M)
+    M = M._replace(**{part: getattr(M, part).clone().requires_grad_()})
+    with pytest.raises(ValueError, match=rf"^M\.{part} requires a gradient"):
+        tk.kron_logdet(M, p.K, **p.noise)
+
+
 def test_symmetric_eigen_refuses_forward_mode() -> None:
     """Reverse mode is refused; forward mode gives a silent zero."""
     p = make_problem(4, 3)

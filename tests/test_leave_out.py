@@ -227,7 +227,7 @@ def test_large_problem_in_bounded_memory(name: str, gradient: bool) -> None:
         if gradient:
             results[-1].sum().backward()
     assert max(torch.Size(s).numel() for s in recorder.shapes()) <= T * T
-    assert recorder.count("linalg_eigh") == 2  # of M and of K
+    assert recorder.count("linalg_eigh") == 1  # of M; K is diagonalised by our own kernel
 
 
 @each_function

@@ -80,6 +80,10 @@ class Spectral(NamedTuple):
         """A = U⁻¹·Y from the scaled data of :meth:`quad_logdet`."""
         return (self.P @ (Z @ self.R.mT)) if self.complement == 0 else Z @ self.R.mT
 
+    def coordinates(self, Z: Tensor) -> Tensor:
+        """PᵀA (*batch, r, D) from the scaled data."""
+        return (Z if self.complement == 0 else self.P.mT @ Z) @ self.R.mT
+
     # --- gradients ---------------------------------------------------------------------------
 
     def sums(self, M: Tensor | None, saved: Sequence[Tensor] | None = None) -> Sequence[Tensor]:

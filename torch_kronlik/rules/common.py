@@ -122,15 +122,18 @@ def product_gradients(
 
 
 def product_tangent(A: Tensor, c: Covariance, V: Sequence[Maybe]) -> Maybe:
-    """dU·A = dM A K + M A dK + A dΣ for V = (dM, dK, dΣ, d log_noise); None where nothing moves."""
+    """dU·A = dM A K + M A dK + A dΣ for V = (dM, dK, dΣ, d log_noise); None where nothing moves.
+
+    Functions of symmetric matrices move along the symmetric part of a direction.
+    """
     dM, dK, dSigma, dlog = V
     terms = []
     if dM is not None:
-        terms.append(dM @ A @ c.K)
+        terms.append(symmetric(dM) @ A @ c.K)
     if dK is not None:
-        terms.append(rows_matmul(c, A @ dK))
+        terms.append(rows_matmul(c, A @ symmetric(dK)))
     if dSigma is not None:
-        terms.append(A @ dSigma)
+        terms.append(A @ symmetric(dSigma))
     if dlog is not None and c.log_noise is not None:
         terms.append(A * (c.log_noise.exp() * dlog)[..., None, :])
     return sum(terms[1:], terms[0]) if terms else None

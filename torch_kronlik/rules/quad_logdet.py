@@ -118,7 +118,12 @@ def _gradient(*args: Any) -> tuple[Tensor, ...]:
         Z = g_q[..., None, None] * A
         left = -(Z @ c.K)
         out[0] = None if to[0] is None else 2 * sum_to(Z, to[0], 2)
-        out[1:] = product_gradients(Z, A, c, [None, *to[2:]], symmetrise=False)
+        own = c.route == "spectral"
+        out[1:] = product_gradients(
+            Z, A, c, [None, None if own else to[2], *to[3:]], symmetrise=False
+        )
+        if own and to[2] is not None:
+            out[2] = _quadratic_in_K(g_q, saved[0], c, to[2])
         if to[1] is not None and g_l is None:
             out[1] = outer_to(left, A, to[1])
     if g_l is not None and any(b is not None for b in to[1:]):
@@ -128,6 +133,14 @@ def _gradient(*args: Any) -> tuple[Tensor, ...]:
         columns = _columns_gradient(c, [g_l[..., None] * x for x in sums[1:]], to[2:])
         out[2:] = map(plus, out[2:], columns)
     return tuple(c.K.new_empty(0) if x is None else x.contiguous() for x in out)
+
+
+def _quadratic_in_K(g_q: Tensor, scaled: Tensor, c: Covariance, to_K: Shape) -> Tensor:
+    """−g Aᵀ M A as −g (PᵀA)ᵀ S (PᵀA): what M annihilates in a large A then cancels exactly."""
+    f = c.spectral()
+    B = f.coordinates(scaled)
+    weighted = g_q[..., None, None] * f.s[..., :, None] * B
+    return outer_to(-weighted.mT, B.mT, to_K)
 
 
 def _columns_gradient(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from ..derivatives import define, register
-from ..factor.batch import sum_to, symmetric
+from ..factor.batch import sum_to
 from ..factor.diagnose import (
     OVERFLOW,
     not_positive_definite,
@@ -88,8 +88,6 @@ def _hessian_product(inputs: Any, to: Any, V: Any) -> list[Maybe]:
     c, _ = factorise(M, K, Sigma, log_noise, "auto")
     inv_quad, logdet, *saved = quad_logdet(Y, *c)
     half_q, half_l = (torch.full_like(x, 0.5) for x in (inv_quad, logdet))
-    # The gradients in matrices are symmetric, whatever their cotangents are.
-    V = [x if x is None or i in (0, 4) else symmetric(x) for i, x in enumerate(V)]
     return hessian_product((half_q, half_l, Y, *c, *saved), to, V)
 
 
