@@ -31,12 +31,17 @@ def recorded_gradient(p: Problem, chosen: list[str], method: str) -> Recorder:
 
 @each_noise
 def test_one_eigendecomposition_of_each_factor(noise: str) -> None:
-    """Value and all gradients together."""
-    p = make_problem(7, 3, noise=noise)
+    """Value and all gradients together; K and the noise in a native kernel up to D = 16."""
+    p = make_problem(7, 17, noise=noise)
     recorded = recorded_gradient(p, list(leaves(p)), "spectral")
     found = sorted(s for s in recorded.shapes("linalg_eigh") if len(s) == 2)
-    assert found == [(3, 3), (7, 7)]
+    assert found == [(7, 7), (17, 17)]
     assert recorded.count("linalg_cholesky_ex") == (noise == "full")
+    p = make_problem(7, 16, noise=noise)
+    recorded = recorded_gradient(p, list(leaves(p)), "spectral")
+    assert [s for s in recorded.shapes("linalg_eigh") if len(s) == 2] == [(7, 7)]
+    assert recorded.count("whiten_small") == 1
+    assert recorded.count("linalg_cholesky_ex") == 0
 
 
 @each_route
