@@ -76,6 +76,8 @@ def check_noise(K: Tensor, Sigma: Tensor | None, log_noise: Tensor | None) -> No
         got = "neither" if Sigma is None else "both"
         raise ValueError(f"exactly one of Sigma and log_noise must be given, got {got}")
     D = K.shape[-1]
+    if D == 0:
+        raise ValueError(f"K must have shape (*batch, D, D) with D >= 1, got {tuple(K.shape)}")
     if Sigma is not None:
         check_square("Sigma", Sigma, "D", D)
     elif log_noise is not None and (log_noise.dim() < 1 or log_noise.shape[-1] != D):

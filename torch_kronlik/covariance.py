@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +35,7 @@ from .symmetric_eigen import SymmetricEigen
 __all__ = ["KroneckerPlusNoise"]
 
 _Maybe = TypeVar("_Maybe", Tensor, Tensor | None)
+_Made = TypeVar("_Made")
 
 
 class KroneckerPlusNoise:
@@ -127,20 +129,18 @@ class KroneckerPlusNoise:
 
     @full_precision
     def _factorise(self) -> Covariance:
-        if self._factorised is None:
-            if torch.compiler.is_compiling():
-                self._factorised, self._method = self._make_factor()
-            else:
-                # Inference tensors could not be used for gradients later.
-                with torch.inference_mode(False):
-                    self._factorised, self._method = self._make_factor()
-            self._versions = self._current_versions()
+        made = self._factorised
+        if made is None:
+            versions = self._current_versions()
+            made, self._method = _outside_inference(self._make_factor)
+            # Last, so that another thread finds all of it or nothing.
+            self._versions, self._factorised = versions, made
         elif self._versions != self._current_versions():
             raise RuntimeError(
                 "an argument of this KroneckerPlusNoise was changed in place after it was "
                 "factorised: make a new one"
             )
-        return self._factorised
+        return made
 
     def _make_factor(self) -> tuple[Covariance, str]:
         K, Sigma, log_noise = self.K, self.Sigma, self.log_noise
@@ -167,10 +167,13 @@ class KroneckerPlusNoise:
         c = self._factorise()
         if self._method != "spectral" and c.M is not None:
             if self._full is None:
-                s, P = eigen(c.M)
-                self._full = known_rows(s, P, self.K, self.Sigma, self.log_noise, c.M)
+                self._full = _outside_inference(partial(self._make_full, c.M))
             return self._full
         return c
+
+    def _make_full(self, M: Tensor) -> Covariance:
+        s, P = eigen(M)
+        return known_rows(s, P, self.K, self.Sigma, self.log_noise, M)
 
     def _check_data(self, name: str, Y: Tensor) -> torch.Size:
         check_uniform(**{"M": self._rows, name: Y})
@@ -219,13 +222,13 @@ class KroneckerPlusNoise:
     def inverse_block_diag_sum(self) -> Tensor:
         """B, the sum of the D×D diagonal blocks of U⁻¹ and the gradient of log det U in Σ:
         (*batch, D, D). Cost: O(T·D²) after the factorisation, O(T³) with derivatives."""
-        return inverse_block_sum(self._spectral())
+        return self._finite(inverse_block_sum(self._spectral()))
 
     @full_precision
     def inverse_diagonal(self) -> Tensor:
         """diag(U⁻¹): (*batch, T, D). Cost: O(T²·D) after the factorisation, O(T³·D) with
         derivatives."""
-        return inverse_blocks_diagonal(self._spectral())
+        return self._finite(inverse_blocks_diagonal(self._spectral()))
 
     @full_precision
     def diagonal(self) -> Tensor:
@@ -268,7 +271,9 @@ class KroneckerPlusNoise:
         return self._finite(U.reshape(self.shape))
 
     def _finite(self, result: Tensor) -> Tensor:
-        return finite(result, M=self._rows, K=self.K, Sigma=self.Sigma, log_noise=self.log_noise)
+        M = self.M
+        rows = {"M": M} if isinstance(M, Tensor) else {f"M.{k}": x for k, x in M._asdict().items()}
+        return finite(result, **rows, K=self.K, Sigma=self.Sigma, log_noise=self.log_noise)
 
     def __repr__(self) -> str:
         noise = "Sigma" if self.log_noise is None else "log_noise"
@@ -286,3 +291,11 @@ def _diagonal(X: Tensor | None) -> Tensor:
 def _symmetric(X: _Maybe) -> _Maybe:
     """X, with a symmetric gradient."""
     return symmetric(X) if X is not None and may_be_differentiated(X) else X
+
+
+def _outside_inference(make: Callable[[], _Made]) -> _Made:
+    """Inference tensors could not be used for gradients later."""
+    if torch.compiler.is_compiling():
+        return make()
+    with torch.inference_mode(False):
+        return make()

@@ -38,7 +38,13 @@ from torch.autograd.function import _SingleLevelFunction
 
 from .autocast import full_precision
 
-__all__ = ["NAMESPACE", "define", "is_plain_eager", "may_be_differentiated", "register"]
+__all__ = [
+    "NAMESPACE",
+    "define",
+    "is_plain_eager",
+    "may_be_differentiated",
+    "register",
+]
 
 NAMESPACE = "torch_kronlik"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -98,14 +104,7 @@ def _below_autograd(op: Any) -> Callable[..., Any]:
 
 def may_be_differentiated(*args: Any) -> bool:
     """Whether a derivative may be asked for at this or, under a transform, at another level."""
-    if torch.compiler.is_compiling():
-        return True
-    return (
-        (torch.is_grad_enabled() and _any_requires_grad(*args))
-        or forward_ad._current_level >= 0
-        or _are_functorch_transforms_active()
-        or _len_torch_dispatch_stack() > 0
-    )
+    return not is_plain_eager() or (torch.is_grad_enabled() and _any_requires_grad(*args))
 
 
 class _transform_levels_enabled:

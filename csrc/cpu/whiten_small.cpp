@@ -15,8 +15,7 @@ KRON_CLONES SmallStatus one(const SmallOutputs<T>& x, int D, T* lam, T* R) {
   Whitened found;
   const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
   const SmallStatus status = whiten_small(x, D, eps, &work, &found);
-  if (status == kFine) store_ascending(found, D, lam, R);
-  return status;
+  return status == kFine ? store_ascending(found, D, lam, R) : status;
 }
 
 template <typename T>

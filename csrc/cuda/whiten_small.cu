@@ -19,7 +19,7 @@ __global__ void whiten_problems(WhitenSmall w, const T* __restrict__ k, const T*
   const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
   status[b] = whiten_small(w.outputs(k, noise, b), static_cast<int>(D), eps, &work, &found);
   if (status[b] == kFine) {
-    store_ascending(found, static_cast<int>(D), lam + b * D, R + b * D * D);
+    status[b] = store_ascending(found, static_cast<int>(D), lam + b * D, R + b * D * D);
   }
 }
 

@@ -180,7 +180,7 @@ KRON_HD SmallStatus whiten_small(const SmallOutputs<T>& x, int D, double eps, Wh
 // The noise in its own batch: log det Σ, not a number where Σ is not positive definite.
 template <typename T>
 KRON_HD double noise_logdet(const SmallOutputs<T>& x, int D, WhitenWork* work) {
-  for (int i = 0; i < D; ++i) work->order[i] = i;
+  descending(x, D, work->order);
   if (x.full && !noise_root(x, D, work->order, work->L)) return NAN;
   double sum = 0;
   for (int i = 0; i < D; ++i) sum += x.full ? 2 * log(work->L[i * D + i]) : x.log_noise(i);
@@ -206,17 +206,24 @@ struct WhitenSmall {
   }
 };
 
-// λ (D) ascending and R (D×D), its columns in the same order.
+// λ (D) ascending and R (D×D), its columns in the same order; a number that the dtype of the result
+// cannot hold is not finite.
 template <typename T>
-KRON_HD void store_ascending(const Whitened& from, int D, T* lam, T* R) {
+KRON_HD SmallStatus store_ascending(const Whitened& from, int D, T* lam, T* R) {
   for (int j = 0; j < D; ++j) {
     int at = 0;
     for (int k = 0; k < D; ++k) {
       at += from.lam[k] < from.lam[j] || (from.lam[k] == from.lam[j] && k < j);
     }
     lam[at] = static_cast<T>(from.lam[j]);
-    for (int i = 0; i < D; ++i) R[i * D + at] = static_cast<T>(from.R[i * D + j]);
+    bool finite = std::isfinite(lam[at]);
+    for (int i = 0; i < D; ++i) {
+      R[i * D + at] = static_cast<T>(from.R[i * D + j]);
+      finite = finite && std::isfinite(R[i * D + at]);
+    }
+    if (!finite) return kNotFinite;
   }
+  return kFine;
 }
 
 }  // namespace torch_kronlik

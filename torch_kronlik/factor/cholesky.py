@@ -81,7 +81,7 @@ class Cholesky(NamedTuple):
         for j, L in self._columns():
             y = data[..., j, None]
             columns.append(y if L is None else torch.cholesky_solve(y, L))
-        batch = torch.broadcast_shapes(*(x.shape[:-2] for x in columns))
+        batch = torch.broadcast_shapes(self.L.shape[:-3], *(x.shape[:-2] for x in columns))
         return torch.cat([x.expand(*batch, *x.shape[-2:]) for x in columns], -1)
 
     def solve(self, Y: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -68,7 +68,9 @@ class Covariance(NamedTuple):
         return [2, 2, 2, 1, *CORE_DIMS[self.route], None]
 
     def named(self) -> dict[str, Maybe]:
-        return {"M": self.M, "K": self.K, "Sigma": self.Sigma, "log_noise": self.log_noise}
+        rows = {"M.eigenvalues": self.f0, "M.eigenvectors": self.f1} if self.M is None else {}
+        own = {"M": self.M, "K": self.K, "Sigma": self.Sigma, "log_noise": self.log_noise}
+        return {**rows, **own}
 
     def targets(self, needs: Sequence[bool]) -> list[Shape | None]:
         """The batch shape of the gradient in (M, K, Sigma, log_noise), None where not needed."""
@@ -81,6 +83,13 @@ def noise_batch(Sigma: Maybe, log_noise: Maybe) -> torch.Size:
         return Sigma.shape[:-2]
     assert log_noise is not None
     return log_noise.shape[:-1]
+
+
+def refuse_rows(*_: object) -> NoReturn:
+    raise ValueError(
+        "M requires a gradient, but a SymmetricEigen is a constant: pass M.detach() to "
+        "symmetric_eigen, or pass M itself to the likelihood"
+    )
 
 
 def rows_matmul(c: Covariance, X: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..derivatives import define, may_be_differentiated, register
 from ..factor.batch import symmetric
-from .common import Covariance, Maybe, noise_matmul
+from .common import Covariance, Maybe
 
 __all__ = [
     "inverse_block_sum",
@@ -95,8 +95,11 @@ def expand(c: Covariance) -> Expansion:
         X = moved(f.P.mT @ c.M @ f.P)
     if may_be_differentiated(c.K):
         VK = moved(f.R.mT @ c.K @ f.R)
-    if may_be_differentiated(c.Sigma if c.log_noise is None else c.log_noise):
-        VSigma = moved(noise_matmul(c, f.R.mT) @ f.R)
+    if c.log_noise is not None and may_be_differentiated(c.log_noise):
+        Q = torch.exp(0.5 * c.log_noise)[..., :, None] * f.R  # exp(s) itself may overflow
+        VSigma = moved(Q.mT @ Q)
+    elif c.Sigma is not None and may_be_differentiated(c.Sigma):
+        VSigma = moved(f.R.mT @ c.Sigma @ f.R)
     return Expansion(f.s, f.lam, f.weights(), X, VK, VSigma)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..derivatives import define, register
 from ..factor import cholesky, low_rank, plan
 from ..factor import eigen as kernels
-from .common import Covariance, Maybe, noise_batch
+from .common import Covariance, Maybe, noise_batch, refuse_rows
 
 __all__ = ["constant_eigen", "eigen", "factorise", "known_rows"]
 
@@ -51,11 +51,11 @@ whiten = define(
 register(whiten, core_dims=lambda *_: ([2, 2, 1], [1, 2, 0]))
 
 require_positive_definite = define(
-    "require_positive_definite(Tensor s, Tensor lam, Tensor? P) -> Tensor",
+    "require_positive_definite(Tensor s, Tensor lam) -> Tensor",
     kernels.require_positive_definite,
-    lambda s, lam, P: lam.new_empty(lam.shape),
+    lambda s, lam: lam.new_empty(lam.shape),
 )
-register(require_positive_definite, core_dims=lambda *_: ([1, 1, 2], [1]))
+register(require_positive_definite, core_dims=lambda *_: ([1, 1], [1]))
 
 cholesky_factors = define(
     "cholesky_factors(Tensor M, Tensor lam) -> (Tensor L, Tensor logdet_C)",
@@ -73,18 +73,27 @@ without_zeros = define(
 register(without_zeros, core_dims=lambda *_: ([1], [1]))
 
 
-def _refuse(*_: object) -> NoReturn:
-    raise ValueError(
-        "M requires a gradient, but symmetric_eigen(M) is a constant: pass M.detach(), or pass M "
-        "itself to the likelihood"
-    )
+def _rows_vjp(inputs: Any, outputs: Any, grads: Any, needs: Any) -> list[None]:
+    return refuse_rows() if needs[0] or needs[2] else [None] * 3
 
+
+def _rows_jvp(inputs: Any, outputs: Any, tangents: Any) -> list[None]:
+    return refuse_rows() if tangents[0] is not None or tangents[2] is not None else [None]
+
+
+# The same check for eigenvalues and eigenvectors that the user made.
+require_known_rows = define(
+    "require_known_rows(Tensor s, Tensor lam, Tensor P) -> Tensor",
+    kernels.require_positive_definite,
+    lambda s, lam, P: lam.new_empty(lam.shape),
+)
+register(require_known_rows, vjp=_rows_vjp, jvp=_rows_jvp, core_dims=lambda *_: ([1, 1, 2], [1]))
 
 # The public one, which is not a part of something differentiable.
 constant_eigen = define(
     "constant_eigen(Tensor M) -> (Tensor s, Tensor P)", kernels.eigen, _eigen_fake
 )
-register(constant_eigen, vjp=_refuse, jvp=_refuse, core_dims=lambda M: ([2], [1, 2]))
+register(constant_eigen, vjp=refuse_rows, jvp=refuse_rows, core_dims=lambda M: ([2], [1, 2]))
 
 
 def factorise(
@@ -103,14 +112,14 @@ def factorise(
     if rank > 0:
         s, P = eigen_low_rank(M, rank, tracing)
         if P.shape[-2] == T:
-            lam = require_positive_definite(s, lam, None)
+            lam = require_positive_definite(s, lam)
             return Covariance(*covariance, s, P, lam, R, logdet_noise, "spectral"), "low_rank"
     nonzero = lam if tracing else without_zeros(lam)
     if plan.prefers_cholesky(method, T, nonzero.shape[-1]):
         L, logdet_C = cholesky_factors(M, nonzero)
         return Covariance(*covariance, L, logdet_C, lam, R, logdet_noise, "cholesky"), "cholesky"
     s, P = eigen(M)
-    lam = require_positive_definite(s, lam, None)
+    lam = require_positive_definite(s, lam)
     return Covariance(*covariance, s, P, lam, R, logdet_noise, "spectral"), "spectral"
 
 
@@ -119,5 +128,5 @@ def known_rows(
 ) -> Covariance:
     """The factorised covariance with M = P Diag(s) Pᵀ, a constant unless M is given too."""
     lam, R, logdet_noise = whiten(K, Sigma, log_noise)
-    lam = require_positive_definite(s, lam, P if M is None else None)
+    lam = require_known_rows(s, lam, P) if M is None else require_positive_definite(s, lam)
     return Covariance(M, K, Sigma, log_noise, s, P, lam, R, logdet_noise, "spectral")

@@ -11,18 +11,18 @@ from .common import Maybe
 
 __all__ = ["finite"]
 
-_MOST = 4
+_MOST = 5
 
 
-def _check(x: Tensor, a: Maybe, b: Maybe, c: Maybe, d: Maybe, names: str) -> Tensor:
-    require_finite(x, **dict(zip(names.split(), (a, b, c, d), strict=False)))
+def _check(x: Tensor, a: Maybe, b: Maybe, c: Maybe, d: Maybe, e: Maybe, names: str) -> Tensor:
+    require_finite(x, **dict(zip(names.split(), (a, b, c, d, e), strict=False)))
     return x.clone(memory_format=torch.contiguous_format)
 
 
 _finite = define(
-    "finite(Tensor x, Tensor? a, Tensor? b, Tensor? c, Tensor? d, str names) -> Tensor",
+    "finite(Tensor x, Tensor? a, Tensor? b, Tensor? c, Tensor? d, Tensor? e, str names) -> Tensor",
     _check,
-    lambda x, a, b, c, d, names: x.new_empty(x.shape),
+    lambda x, a, b, c, d, e, names: x.new_empty(x.shape),
 )
 register(
     _finite,
@@ -34,7 +34,7 @@ register(
 
 
 def finite(x: Tensor, **arguments: Maybe) -> Tensor:
-    """x, after a check that it is finite; if not, the argument (of up to four) is named."""
+    """x, after a check that it is finite; if not, the argument (of up to five) is named."""
     values = [*arguments.values(), *[None] * (_MOST - len(arguments))]
     out: Tensor = _finite(x, *values, " ".join(arguments))
     return out

@@ -18,6 +18,7 @@ from .common import (
     plus,
     product_gradients,
     product_tangent,
+    refuse_rows,
     rows_matmul,
 )
 
@@ -41,6 +42,8 @@ def _multiply_fake(Y: Tensor, *covariance: Any) -> Tensor:
 
 def _multiply_vjp(inputs: Any, outputs: Any, grads: Any, needs: Any) -> list[Maybe]:
     Y, c, G = inputs[0], Covariance(*inputs[1:]), grads[0]
+    if c.M is None and (needs[5] or needs[6]):
+        refuse_rows()
     gY = sum_to(multiply(G, *c), Y.shape[:-2], 2) if needs[0] else None
     return [gY, *product_gradients(-G, Y, c, c.targets(needs[1:5])), *[None] * 6]
 
@@ -48,6 +51,8 @@ def _multiply_vjp(inputs: Any, outputs: Any, grads: Any, needs: Any) -> list[May
 def _multiply_jvp(inputs: Any, outputs: Any, tangents: Any) -> list[Maybe]:
     Y, c = inputs[0], Covariance(*inputs[1:])
     moved = None if tangents[0] is None else multiply(tangents[0], *c)
+    if c.M is None and (tangents[5] is not None or tangents[6] is not None):
+        refuse_rows()
     out = plus(moved, product_tangent(Y, c, tangents[1:5]))
     return [None if out is None else out.expand_as(outputs[0])]
 

@@ -111,12 +111,13 @@ def _gradient_or_none(g: Any, inputs: Any, saved: Any, to: Sequence[Shape | None
 
 def _gradient(*args: Any) -> tuple[Tensor, ...]:
     g_q, g_l, Y, c, saved, to = *args[:3], Covariance(*args[3:13]), args[13:17], args[17:]
+    g_q, g_l = _mapped(g_q, to), _mapped(g_l, to[1:])
     out: list[Maybe] = [None if to[0] is None else c.K.new_zeros((*to[0], *c.shape)), *[None] * 4]
     left = A = None
     if g_q is not None and Y is not None:
         A = c.factor.solve_scaled(saved[0])
         Z = g_q[..., None, None] * A
-        left = -(Z @ c.K)
+        left = None if to[1] is None else -(Z @ c.K)
         out[0] = None if to[0] is None else 2 * sum_to(Z, to[0], 2)
         own = c.route == "spectral"
         out[1:] = product_gradients(
@@ -124,7 +125,7 @@ def _gradient(*args: Any) -> tuple[Tensor, ...]:
         )
         if own and to[2] is not None:
             out[2] = _quadratic_in_K(g_q, saved[0], c, to[2])
-        if to[1] is not None and g_l is None:
+        if left is not None and to[1] is not None and g_l is None:
             out[1] = outer_to(left, A, to[1])
     if g_l is not None and any(b is not None for b in to[1:]):
         sums = c.factor.sums(c.M, saved if saved[1].shape[-1] else None)
@@ -133,6 +134,13 @@ def _gradient(*args: Any) -> tuple[Tensor, ...]:
         columns = _columns_gradient(c, [g_l[..., None] * x for x in sums[1:]], to[2:])
         out[2:] = map(plus, out[2:], columns)
     return tuple(c.K.new_empty(0) if x is None else x.contiguous() for x in out)
+
+
+def _mapped(g: Maybe, to: Sequence[Shape | None]) -> Maybe:
+    """A mapped argument that the cotangent does not depend on maps the result all the same."""
+    if g is None:
+        return None
+    return g.expand(torch.broadcast_shapes(g.shape, *(b for b in to if b is not None)))
 
 
 def _quadratic_in_K(g_q: Tensor, scaled: Tensor, c: Covariance, to_K: Shape) -> Tensor:
