@@ -321,7 +321,7 @@ def test_opcheck() -> None:
 
 
 def _khatri_rao_jacobian(d: Tensor, A: Tensor, v: Tensor) -> Tensor:
-    """MATH.md §9: (vᵀ ⊗ I) (∂vec F/∂vec X) (Aᵀ ⊠ I), with matrices of size 2n²."""
+    """(vᵀ ⊗ I) (∂vec F/∂vec X) (Aᵀ ⊠ I), with matrices of size 2n²."""
     size = len(d)
     X, eye = (d[:, None] * A).numpy(), np.eye(size)
     zeros, one = np.zeros((size**2, size**2)), np.eye(size**2)

@@ -29,13 +29,12 @@ LEVEL = {
     "estimates": 4.2,
     "information": 4.5,
     "gpytorch": 5.0,
-    "botorch": 5.0,
     "__init__": 6.0,
     "__main__": 7.0,
 }
 SIDE_ROOMS = {"matcalc", "expm"}  # may import derivatives and ops; only __init__ imports them
 ORACLE = "reference"  # imports nothing of the package; only __main__, the self-check, imports it
-ADAPTERS = {"gpytorch", "botorch"}  # need other libraries, so nothing imports them
+ADAPTERS = {"gpytorch"}  # need other libraries, so nothing imports them
 
 
 def unit(path: Path) -> str:

@@ -237,7 +237,7 @@ def worst_error(p: Problem, exact: HighPrecision, method: str) -> float:
 
 
 def test_low_rank_route_keeps_all_digits(nearly_noiseless: tuple[Problem, HighPrecision]) -> None:
-    """MATH, section "Other exact routes": 3e-16, where the eigendecomposition has 1e-5."""
+    """3e-16, where the eigendecomposition has 1e-5."""
     assert worst_error(*nearly_noiseless, "low_rank") < 4e-15
     assert worst_error(*nearly_noiseless, "spectral") > 1e-9  # so the problem is a hard one
 

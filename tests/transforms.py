@@ -81,7 +81,7 @@ def _dense_exponential(d: Tensor, A: Tensor, v: Tensor) -> Tensor:
 
 
 def _dense_jacobian(d: Tensor, A: Tensor, v: Tensor) -> Tensor:
-    """The Fréchet derivatives as corners of larger exponentials (MATH.md §9)."""
+    """The Fréchet derivatives as corners of larger exponentials."""
     X, n = d[:, None] * A, len(d)
     columns = []
     for k in range(n):

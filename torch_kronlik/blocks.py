@@ -1,4 +1,4 @@
-"""Diagonal blocks of a matrix and their sum (MATH.md §2)."""
+"""Diagonal blocks of a matrix and their sum."""
 
 from __future__ import annotations
 

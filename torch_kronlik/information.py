@@ -5,8 +5,8 @@ With E_a = (P ⊗ R)ᵀ ∂_aU (P ⊗ R) and U⁻¹ = (P ⊗ R) Diag(W) (P ⊗ R
     F_ab = ½ tr(U⁻¹ ∂_aU U⁻¹ ∂_bU) + ⟨∂_aμ, U⁻¹ ∂_bμ⟩,   ½ tr(…) = ½ Σ_uv W_u (E_a)_uv W_v (E_b)_vu,
     (E_a)_(ij),(kl) = M̂_ik λ_j δ_jl + δ_ik (s_i K̂ + Σ̂)_jl,   M̂ = Pᵀ ∂_aM P, K̂ = Rᵀ ∂_aK R, Σ̂ alike,
 
-a weighted inner product for each pair of factors. It is the part of the log-det Hessian (MATH.md
-§5) without U's own curvature, written without the subtraction, which would cancel where the noise
+a weighted inner product for each pair of factors. It is the part of the log-det Hessian
+without U's own curvature, written without the subtraction, which would cancel where the noise
 dominates. Nothing is divided by a difference of eigenvalues.
 """
 
@@ -105,7 +105,7 @@ def observed_information(
     """Observed information: the Hessian of the negative log likelihood at the data Y.
 
     ``H_ab = ∂_a ∂_b Σ ½ (log det U + (y − μ)ᵀ U⁻¹ (y − μ))``, summed over the batch, by the closed
-    form of the second derivatives (MATH.md §5); it has the curvature of ``model`` in it, and is the
+    form of the second derivatives; it has the curvature of ``model`` in it, and is the
     precision of the Laplace approximation at a minimum. Where the gradient is not zero it depends
     on the parametrisation.
 

@@ -173,7 +173,7 @@ def _leave_out(U: Tensor, y: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _dense(X: Factor) -> Tensor:
-    """X in float64, symmetrised so that gradients are full-matrix and symmetric (MATH.md §1)."""
+    """X in float64, symmetrised so that gradients are full-matrix and symmetric."""
     if not isinstance(X, Tensor):
         P = X.eigenvectors.double()
         X = P * X.eigenvalues.double().unsqueeze(-2) @ P.mT

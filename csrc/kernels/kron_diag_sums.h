@@ -1,6 +1,6 @@
 #pragma once
 
-// W_ij = 1 / (1 + s_i λ_j) (MATH.md §3) and the sums over it that need no data:
+// W_ij = 1 / (1 + s_i λ_j) and the sums over it that need no data:
 //   logdet = Σ_ij log(1 + s_i λ_j)     row_sum_i   = Σ_j W_ij λ_j
 //   col_sum_s_j = Σ_i W_ij s_i         col_sum_1_j = Σ_i W_ij
 // Rows and columns are the same body with the roles of s and λ exchanged.

@@ -1,7 +1,7 @@
 #pragma once
 
 // The negative log likelihood and its gradients for small problems, one T×T Cholesky factorisation
-// of C_j = λ_j M + I for each output j of the whitened basis (MATH.md §4):
+// of C_j = λ_j M + I for each output j of the whitened basis:
 //   nll = ½ (Σ_j log det C_j + T log det Σ + Σ_j ỹ_jᵀ x_j + T D log 2π),  x_j = C_j⁻¹ ỹ_j,  Ỹ = Y R
 //   with A = X Rᵀ:  gY = A,  gM = ½ (Σ_j λ_j C_j⁻¹ - A K Aᵀ),
 //   gK = ½ (R Diag(tr M C_j⁻¹) Rᵀ - Aᵀ M A),  gΣ = ½ (R Diag(tr C_j⁻¹) Rᵀ - Aᵀ A).

@@ -34,7 +34,7 @@ def action_gradient(
 ) -> tuple[Element, Element, Element]:
     """The gradient of ⟨g, exp(X) v⟩ in d, X = Diag(d) A, and v: (rows of G ⊙ A, G, exp(X)ᵀ g).
 
-    G = L(Xᵀ, g vᵀ), MATH.md §9. L is linear in the direction, so that where one X serves the
+    G = L(Xᵀ, g vᵀ). L is linear in the direction, so that where one X serves the
     whole batch and the gradient is ``summed`` over it, the directions are.
     """
     X = [x.mT for x in scaled(d, A)]

@@ -1,4 +1,4 @@
-"""The public functions: w = exp(Diag(d) A) v and its Jacobian in d (MATH.md §9)."""
+"""The public functions: w = exp(Diag(d) A) v and its Jacobian in d."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One T×T Cholesky factor per non-zero λ_j (MATH: "Other exact routes").
+"""One T×T Cholesky factor per non-zero λ_j.
 
     C_j = λ_j M + I = L_j L_jᵀ,   U⁻¹ = Σ_j C_j⁻¹ ⊗ r_j r_jᵀ   with   RᵀΣR = I,  RᵀKR = Diag(λ)
 

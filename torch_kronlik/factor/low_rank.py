@@ -1,4 +1,4 @@
-"""The eigenvectors of a low-rank M without a T×T eigenproblem (MATH: "Other exact routes").
+"""The eigenvectors of a low-rank M without a T×T eigenproblem.
 
 Pivoted Cholesky gives M = F Fᵀ + E with E positive semidefinite and tr E at the rounding level of
 M, the error that an eigendecomposition makes too. From there on it is the spectral form on r

@@ -1,4 +1,4 @@
-"""The spectral form (MATH: section "Spectral form"): both factors diagonalised.
+"""The spectral form: both factors diagonalised.
 
     Σ = L Lᵀ,   L⁻¹ K L⁻ᵀ = Q Λ Qᵀ,   R = L⁻ᵀ Q,   M = P S Pᵀ,   W_ij = 1 / (1 + s_i λ_j)
     U⁻¹ = (P ⊗ R) Diag(W) (P ⊗ R)ᵀ
@@ -122,7 +122,7 @@ class Spectral(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The derivatives of the three log-det gradients along a symmetric direction.
 
-        The closed form of MATH, section "Second derivatives", with 1 − s λ W = W put in.
+        The closed form (Zhou & Stephens 2014 have it for one variance), with 1 − s λ W = W put in.
         """
         s, lam, W = self.s, self.lam, self.weights()
         zero = W.new_zeros(())

@@ -1,7 +1,7 @@
 """The gradients of log det U in M, K and Sigma, and their derivatives along a direction.
 
-First and second derivatives of log det U are exact at repeated and zero eigenvalues (MATH, section
-"Second derivatives"); the third is refused with an error that says so.
+First and second derivatives of log det U are exact at repeated and zero eigenvalues; the third is
+refused with an error that says so.
 """
 
 from __future__ import annotations
