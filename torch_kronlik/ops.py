@@ -1,8 +1,9 @@
 """The native operators: loads the library and gives each operator its fake and derivative rules.
 
 ``block_diag_sum`` and ``block_diag_expand`` are linear and each other's adjoint.
-``kron_diag_sums`` and ``kron_diag_scale`` are the elementwise middle of the spectral form, W_ij = 1 / (1 + s_i λ_j); their rules are written in differentiable operations of the inputs,
-so they hold at every order.
+``kron_diag_sums`` and ``kron_diag_scale`` are the elementwise middle of the spectral form,
+W_ij = 1 / (1 + s_i λ_j); their rules are written in differentiable operations of the inputs, so
+they hold at every order.
 """
 
 from __future__ import annotations
