@@ -84,6 +84,7 @@ int64_t factorise(Work<T>& w) {
   const double tolerance = trace_tolerance<T>(n, largest);
   if (!std::isfinite(tolerance)) return -1;
   std::vector<double> pivot_row(w.c.max_rank);
+  Rest rest{tolerance};
   for (int64_t k = 0;; ++k) {
     double trace = 0;
     int64_t p = 0;
@@ -91,7 +92,7 @@ int64_t factorise(Work<T>& w) {
       trace += std::fabs(w.rest[i]);
       if (w.rest[i] > w.rest[p]) p = i;
     }
-    if (trace <= tolerance) {
+    if (rest.is_rounding(k, trace)) {
       return is_positive_semidefinite(w, k, product_tolerance(n, tolerance)) ? k : -1;
     }
     if (k == w.c.max_rank || !(w.rest[p] > 0)) return -1;

@@ -101,6 +101,7 @@ __device__ int64_t factorise(const PivotedCholesky& c, const Matrix<T>& x) {
   }
   const double tolerance = trace_tolerance<T>(c.T, block_largest(first).rest);
   if (!isfinite(tolerance)) return -1;
+  Rest rest{tolerance};
   for (int64_t k = 0;; ++k) {
     double trace = 0;
     Pivot mine{0, 0};
@@ -110,7 +111,7 @@ __device__ int64_t factorise(const PivotedCholesky& c, const Matrix<T>& x) {
     }
     trace = block_total(trace);
     const Pivot p = block_largest(mine);
-    if (trace <= tolerance) {
+    if (rest.is_rounding(k, trace)) {
       return large_products(c, x, k, product_tolerance(c.T, tolerance)) == 0 ? k : -1;
     }
     if (k == c.max_rank || !(p.rest > 0)) return -1;

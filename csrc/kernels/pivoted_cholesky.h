@@ -4,6 +4,11 @@
 // E = M - F Fᵀ is rounding: Σ|E_ii| <= T eps max M_ii. Then E is positive semidefinite with that
 // trace, if M is; and that M is, is tested on one vector: |E v| is bounded by the trace. A generic
 // vector: a matrix of repeated patterns cannot cancel in its product with it.
+//
+// The entries of M are rounded themselves (a kernel's by several eps, after its distances), which
+// no factor of low rank can follow: there the rest stays at some 3 to 20 T eps max M_ii, indefinite
+// and within the rounding of an eigendecomposition, T eps |M|. It is taken for that where it has
+// come near the tolerance and does not fall any more.
 
 #include <cmath>
 #include <limits>
@@ -24,6 +29,22 @@ KRON_HD double trace_tolerance(int64_t size, double largest) {
   return static_cast<double>(size) * static_cast<double>(std::numeric_limits<T>::epsilon()) *
          largest;
 }
+
+struct Rest {
+  static constexpr int kColumns = 4;
+  static constexpr double kNear = 64;
+
+  double tolerance;
+  double earlier[kColumns] = {};
+
+  // Whether it is rounding, given its trace after k = 0, 1, 2, … columns.
+  KRON_HD bool is_rounding(int64_t k, double trace) {
+    const double before = earlier[k % kColumns];
+    earlier[k % kColumns] = trace;
+    if (trace <= tolerance) return true;
+    return k >= kColumns && trace <= kNear * tolerance && 2 * trace > before;
+  }
+};
 
 // The tolerance on an entry of E v: |E v|_i <= sqrt(E_ii) Σ_j sqrt(E_jj) <= sqrt(T) tr E, and
 // rounding in F Fᵀ of the same order.
