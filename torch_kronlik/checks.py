@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .factor.batch import broadcast
+
 __all__ = [
     "check_broadcast",
     "check_constant",
@@ -98,7 +100,7 @@ def check_data(name: str, Y: Tensor, shape: tuple[int, int]) -> None:
 def check_broadcast(**batches: Sequence[int]) -> torch.Size:
     """The joint batch shape."""
     try:
-        return torch.Size(torch.broadcast_shapes(*batches.values()))
+        return broadcast(*batches.values())
     except RuntimeError:
         shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in batches.items())
         raise ValueError(f"the batch shapes must broadcast, got {shapes}") from None

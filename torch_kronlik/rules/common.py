@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..factor import CORE_DIMS, ROUTES, Cholesky, Spectral
-from ..factor.batch import outer_to, sum_to, symmetric
+from ..factor.batch import broadcast, outer_to, sum_to, symmetric
 
 Maybe = Tensor | None
 Shape = Sequence[int]
@@ -60,7 +60,7 @@ class Covariance(NamedTuple):
     @property
     def batch(self) -> torch.Size:
         rows = self.f0.shape[:-1] if self.M is None else self.M.shape[:-2]
-        return torch.Size(torch.broadcast_shapes(rows, self.K.shape[:-2], self.noise_batch))
+        return broadcast(rows, self.K.shape[:-2], self.noise_batch)
 
     @property
     def core(self) -> list[Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..derivatives import define, register
-from ..factor.batch import outer_to, sum_to, symmetric
+from ..factor.batch import broadcast, outer_to, sum_to, symmetric
 from ..factor.columns import columns, noise_diagonal
 from ..factor.diagnose import require_finite
 from .common import (
@@ -170,7 +170,7 @@ def _columns_gradient(
 
 def _sum_shared(f: Any, weights: Tensor, to: Shape) -> Tensor:
     """Summed as far as R allows: it has the batch shape that K and the noise share."""
-    return sum_to(weights, torch.broadcast_shapes(f.R.shape[:-2], to), 1)
+    return sum_to(weights, broadcast(f.R.shape[:-2], to), 1)
 
 
 def _gradient_fake(*args: Any) -> tuple[Tensor, ...]:
