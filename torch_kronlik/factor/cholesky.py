@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .batch import Shape, outer_to, sum_to, symmetric
+from .batch import Shape, broadcast, outer_to, sum_to, symmetric
 from .diagnose import not_positive_definite, require_finite, require_finite_sum
 from .eigen import U
 
@@ -28,20 +28,25 @@ def without_zeros(lam: Tensor) -> Tensor:
 
 
 def factors(M: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """L_j and log det C_j for each λ_j of ``lam`` (*batch, n): (*batch, n, T, T), (*batch, n)."""
+    """L_j and log det C_j for each λ_j of ``lam`` (*batch, n): (*batch, n, T, T), (*batch, n).
+
+    Each is factorised where it is stored. LAPACK counts by columns, so that a C stored by rows is
+    handed over as its transpose, which it equals.
+    """
     n, T = lam.shape[-1], M.shape[-1]
-    batch = torch.broadcast_shapes(M.shape[:-2], lam.shape[:-1])
-    L = M.new_empty((*batch, n, T, T))
+    batch = broadcast(M.shape[:-2], lam.shape[:-1])
+    L = M.new_empty((n, *batch, T, T))
+    info = M.new_empty((n, *batch), dtype=torch.int32)
     require_finite_sum(M, M=M)
-    for j in range(n):
-        C = lam[..., j, None, None] * M
+    for j, C in enumerate(L):
+        torch.mul(M, lam[..., j, None, None], out=C)
         C.diagonal(dim1=-2, dim2=-1).add_(1)
-        factor, info = torch.linalg.cholesky_ex(C)
-        if bool(info.any()):
-            require_finite(C)
-            not_positive_definite(U, info != 0)
-        L[..., j, :, :] = factor
-    return L, 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        torch.linalg.cholesky_ex(C.mT, out=(C.mT, info[j]))
+    if bool(info.any()):
+        require_finite(lam[..., :, None, None] * M[..., None, :, :])
+        not_positive_definite(U, (info != 0).any(0))
+    L = L.mT.movedim(0, -3)
+    return L, 2 * _diagonal(L).log().sum(-1)
 
 
 class Cholesky(NamedTuple):
@@ -80,7 +85,7 @@ class Cholesky(NamedTuple):
         columns = []
         for j, L in self._columns():
             y = data[..., j, None]
-            columns.append(y if L is None else torch.cholesky_solve(y, L))
+            columns.append(y if L is None else _cholesky_solve(L, y))
         batch = torch.broadcast_shapes(self.L.shape[:-3], *(x.shape[:-2] for x in columns))
         return torch.cat([x.expand(*batch, *x.shape[-2:]) for x in columns], -1)
 
@@ -97,24 +102,30 @@ class Cholesky(NamedTuple):
     def sums(self, M: Tensor | None, saved: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
         """The log-det gradients in this form: Σ_j λ_j C_j⁻¹, tr(M C_j⁻¹) and tr C_j⁻¹."""
         assert M is not None
-        rows = torch.zeros_like(self.L[..., 0, :, :] if self.L.shape[-3] else M)
-        with_M, plain = [], []
-        for j, L in self._columns():
-            if L is None:
-                with_M.append(_trace(M))
-                plain.append(torch.full_like(with_M[-1], self.size))
-                continue
-            inverse = torch.cholesky_inverse(L)
+        D, n = self.lam.shape[-1], self.L.shape[-3]
+        rows = M.new_zeros((*self.L.shape[:-3], *M.shape[-2:]))
+        zeros = _trace(M)[..., None].expand(*self.logdet_C.shape[:-1], D - n)
+        with_M, plain = [zeros], [torch.full_like(zeros, self.size)]
+        inverse = torch.empty_like(rows)
+        for j, L in enumerate(self.L.unbind(-3), start=D - n):
+            torch.cholesky_inverse(L, out=inverse.mT)
             rows.addcmul_(inverse, self.lam[..., j, None, None])
-            with_M.append((inverse * M).sum((-2, -1)))
-            plain.append(_trace(inverse))
-        return rows, _stack(with_M), _stack(plain)
+            with_M.append(_inner(inverse, M)[..., None])
+            plain.append(_trace(inverse)[..., None])
+        return rows, torch.cat(with_M, -1), torch.cat(plain, -1)
 
     def rows(self, weights: Tensor, g: Tensor, left: Tensor | None, right: Tensor | None,
              to: Shape) -> Tensor:  # fmt: skip
-        """g ∂log det/∂M plus left·rightᵀ, summed to the batch shape ``to``."""
-        out = sum_to(g[..., None, None] * weights, to, 2)
-        return out if left is None or right is None else out.add_(outer_to(left, right, to))
+        """g ∂log det/∂M plus left·rightᵀ, summed to the batch shape ``to``; ``weights`` is used
+        up."""
+        factor = g[..., None, None]
+        scaled = weights.mul_(factor) if g.shape == weights.shape[:-2] else weights * factor
+        out = sum_to(scaled, to, 2)
+        if left is None or right is None:
+            return out
+        if left.dim() == right.dim() == 2:
+            return out.addmm_(left, right.mT)
+        return out.add_(outer_to(left, right, to))
 
     # --- second derivatives ------------------------------------------------------------------
 
@@ -132,11 +143,18 @@ class Cholesky(NamedTuple):
         Sh = zero if dSigma is None else self.R.mT @ symmetric(dSigma) @ self.R
         kappa = _diagonal(Kh) - self.lam * _diagonal(Sh)
         V = zero if dM is None else symmetric(dM)
+        # All λ_j = 0 have C_j = I: the last of them stands for all.
+        first = max(self.lam.shape[-1] - self.L.shape[-3] - 1, 0)
+        of = (torch.arange(self.lam.shape[-1], device=M.device) - first).clamp(min=0)
+        total = kappa[..., : first + 1].sum(-1, keepdim=True)
         inverses = self._inverses(M)
-        HM, moved = self._rows_hvp(inverses, kappa, V)
+        HM, moved = self._rows_hvp(
+            inverses, torch.cat([total, kappa[..., first + 1 :]], -1), self.lam[..., first:], V
+        )
+        moved = moved[..., of]
         products = [inverses, M[..., None, :, :] @ inverses]
         with_M2, with_M, plain = (
-            (X.flatten(-2) @ Z.flatten(-2).mT)
+            (X.flatten(-2) @ Z.flatten(-2).mT)[..., of[:, None], of]
             for X, Z in ((products[1], products[1].mT), products, (inverses, inverses))
         )
         HK = torch.diag_embed(moved) - with_M2 * Kh - symmetric(with_M) * Sh
@@ -145,21 +163,33 @@ class Cholesky(NamedTuple):
         return HM, HK, HS
 
     def _inverses(self, M: Tensor) -> Tensor:
-        """C_j⁻¹ for every j, (*batch, D, T, T)."""
+        """The different C_j⁻¹, ascending in λ_j: (*batch, n, T, T), or n + 1 with I among them."""
         eye = torch.eye(self.size, dtype=M.dtype, device=M.device)
-        batch = self.L.shape[:-3]
-        inverses = [eye if L is None else torch.cholesky_inverse(L) for _, L in self._columns()]
-        return torch.stack([x.expand(*batch, *x.shape[-2:]) for x in inverses], -3)
+        own = self.lam.shape[-1] > self.L.shape[-3]
+        inverses = [eye.expand(*self.L.shape[:-3], *eye.shape)] if own else []
+        return torch.stack([*inverses, *map(torch.cholesky_inverse, self.L.unbind(-3))], -3)
 
-    def _rows_hvp(self, inverses: Tensor, kappa: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def _rows_hvp(inverses: Tensor, kappa: Tensor, lam: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         """Σ_j C_j⁻¹ (κ_j I − λ_j² V) C_j⁻¹, and tr(C_j⁻¹ V C_j⁻¹) for every j."""
-        eye = torch.eye(self.size, dtype=inverses.dtype, device=inverses.device)
+        eye = torch.eye(inverses.shape[-1], dtype=inverses.dtype, device=inverses.device)
         out, moved = torch.zeros_like(eye), []
         for j, C in enumerate(inverses.unbind(-3)):
-            middle = kappa[..., j, None, None] * eye - self.lam[..., j, None, None].square() * V
+            middle = kappa[..., j, None, None] * eye - lam[..., j, None, None].square() * V
             out = out + C @ middle @ C
             moved.append(((C @ C) * V).sum((-2, -1)))
         return out, _stack(moved)
+
+
+def _cholesky_solve(L: Tensor, y: Tensor) -> Tensor:
+    """(L Lᵀ)⁻¹ y; ``torch.cholesky_solve`` copies the factor."""
+    half = torch.linalg.solve_triangular(L, y, upper=False)
+    return torch.linalg.solve_triangular(L.mT, half, upper=True)
+
+
+def _inner(X: Tensor, Y: Tensor) -> Tensor:
+    """⟨X, Y⟩, without their product."""
+    return (X.flatten(-2)[..., None, :] @ Y.flatten(-2)[..., :, None])[..., 0, 0]
 
 
 def _stack(values: Sequence[Tensor]) -> Tensor:
