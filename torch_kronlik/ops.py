@@ -134,7 +134,7 @@ def _kron_diag_scale_fake(s: Tensor, lam: Tensor, Y: Tensor) -> tuple[Tensor, Te
 
 def _pivoted_cholesky_fake(M: Tensor, max_rank: int) -> tuple[Tensor, Tensor]:
     batch, T = M.shape[:-2], M.shape[-1]
-    return M.new_empty((*batch, T, max_rank)), M.new_empty(batch, dtype=torch.int64)
+    return M.new_empty((*batch, max_rank, T)).mT, M.new_empty(batch, dtype=torch.int64)
 
 
 def _small_nll_fake(

@@ -40,8 +40,8 @@ __device__ double block_total(double mine) {
   return mine;
 }
 
-// One block of threads for each matrix: F (T, max_rank), the rest of the diagonal (T), Fᵀ v
-// (max_rank), all in global memory.
+// One block of threads for each matrix: the columns of F, one after the other, the rest of the
+// diagonal (T), Fᵀ v (max_rank), all in global memory.
 template <typename T>
 struct Matrix {
   const T* m;
@@ -50,16 +50,26 @@ struct Matrix {
   double* fv;
 };
 
+// (F x)_i, over the first `count` columns.
+template <typename T, typename X>
+__device__ double row_product(const T* f, int64_t size, int64_t i, const X* x, int64_t x_stride,
+                              int64_t count) {
+  double sum = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    sum += static_cast<double>(f[k * size + i]) * static_cast<double>(x[k * x_stride]);
+  }
+  return sum;
+}
+
 template <typename T>
 __device__ void new_column(const PivotedCholesky& c, const Matrix<T>& x, Pivot p, int64_t k) {
   const double scale = 1 / sqrt(p.rest);
-  const T* pivot = x.f + p.index * c.max_rank;
   for (int64_t i = threadIdx.x; i < c.T; i += kThreads) {
     if (x.rest[i] == 0) continue;
-    T* row = x.f + i * c.max_rank;
     const double entry = static_cast<double>(x.m[p.index * c.row_stride + i * c.col_stride]);
-    const T value = static_cast<T>((entry - lane_dot(row, pivot, k)) * scale);
-    row[k] = value;
+    const double known = row_product(x.f, c.T, i, x.f + p.index, c.T, k);
+    const T value = static_cast<T>((entry - known) * scale);
+    x.f[k * c.T + i] = value;
     x.rest[i] -= static_cast<double>(value) * static_cast<double>(value);
   }
   __syncthreads();
@@ -74,7 +84,7 @@ __device__ double large_products(const PivotedCholesky& c, const Matrix<T>& x, i
   for (int64_t k = threadIdx.x; k < rank; k += kThreads) {
     double sum = 0;
     for (int64_t i = 0; i < c.T; ++i) {
-      sum += test_entry(i) * static_cast<double>(x.f[i * c.max_rank + k]);
+      sum += test_entry(i) * static_cast<double>(x.f[k * c.T + i]);
     }
     x.fv[k] = sum;
   }
@@ -86,7 +96,7 @@ __device__ double large_products(const PivotedCholesky& c, const Matrix<T>& x, i
     for (int64_t j = 0; j < c.T; ++j) {
       product += test_entry(j) * static_cast<double>(x.m[j * c.row_stride + i * c.col_stride]);
     }
-    const double difference = product - lane_dot(x.f + i * c.max_rank, x.fv, rank);
+    const double difference = product - row_product(x.f, c.T, i, x.fv, 1, rank);
     if (!(fabs(difference) <= tolerance)) bad += 1;
   }
   return block_total(bad);
@@ -133,7 +143,7 @@ __global__ void pivoted_cholesky_blocks(PivotedCholesky c, const T* __restrict__
 std::tuple<Tensor, Tensor> pivoted_cholesky(const Tensor& M, int64_t max_rank) {
   const PivotedCholesky c = pivoted_cholesky_of(M, max_rank);
   const Sizes batch = batch_sizes(M, 2);
-  Tensor F = torch::stable::new_zeros(M, concat(batch, {c.T, max_rank}));
+  Tensor F = torch::stable::new_zeros(M, concat(batch, {max_rank, c.T}));
   Tensor rank = torch::stable::new_empty(M, batch, ScalarType::Long);
   const Launcher launcher(M);
   Tensor work = scratch(M, c.batch.count * (c.T + max_rank));
@@ -143,7 +153,7 @@ std::tuple<Tensor, Tensor> pivoted_cholesky(const Tensor& M, int64_t max_rank) {
                     F.mutable_data_ptr<T>(), work.mutable_data_ptr<double>(),
                     rank.mutable_data_ptr<int64_t>());
   });
-  return {F, rank};
+  return {torch::stable::transpose(F, -2, -1), rank};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_kronlik, CUDA, m) {

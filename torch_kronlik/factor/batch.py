@@ -23,7 +23,8 @@ def broadcast(*shapes: Shape) -> torch.Size:
 
 def sum_to(tensor: Tensor, batch: Sequence[int], core: int) -> Tensor:
     """Sum the batch dimensions of ``tensor`` down to ``batch``; the last ``core`` stay."""
-    return tensor.sum_to_size((*batch, *tensor.shape[tensor.dim() - core :]))
+    shape = (*batch, *tensor.shape[tensor.dim() - core :])
+    return tensor if tensor.shape == shape else tensor.sum_to_size(shape)
 
 
 def outer_to(X: Tensor, Y: Tensor, batch: Sequence[int]) -> Tensor:

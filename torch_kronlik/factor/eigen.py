@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -107,9 +109,9 @@ def rounded(values: Tensor) -> Tensor:
     that they stand for; a matrix that is truly indefinite keeps its negative eigenvalues."""
     if values.shape[-1] == 0:
         return values
-    scale = values.abs().amax(-1, keepdim=True)
+    scale = torch.linalg.vector_norm(values, math.inf, -1, keepdim=True)
     below = -values.shape[-1] * torch.finfo(values.dtype).eps * scale
-    return torch.where((values < 0) & (values >= below), 0.0, values)
+    return torch.where(values >= below, values.relu(), values)
 
 
 def require_positive_definite(s: Tensor, lam: Tensor, P: Tensor | None = None) -> Tensor:
@@ -119,7 +121,7 @@ def require_positive_definite(s: Tensor, lam: Tensor, P: Tensor | None = None) -
     """
     if P is not None and not bool(torch.isfinite(s.sum() + P.sum())):
         raise_if_not_finite(**{"M.eigenvalues": s, "M.eigenvectors": P})
-    if s.numel() and lam.numel():
+    if s.numel() and lam.numel() and not bool(torch.minimum(s.min(), lam.min()) >= 0):
         s_ends, lam_ends = (torch.stack(x.aminmax(dim=-1), -1) for x in (s, lam))
         least = 1 + (s_ends[..., :, None] * lam_ends[..., None, :]).flatten(-2).amin(-1)
         if not bool((least > 0).all()):

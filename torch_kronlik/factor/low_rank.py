@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops import pivoted_cholesky
-from .eigen import eigen, rounded
+from .eigen import eigen
 
 __all__ = ["eigen_low_rank"]
 
@@ -31,4 +31,5 @@ def eigen_low_rank(M: Tensor, max_rank: int, padded: bool) -> tuple[Tensor, Tens
     # F = Q C: the factor C keeps the small eigenvalues that FᵀF would lose.
     Q, C = torch.linalg.qr(F[..., :r])
     s, V = torch.linalg.eigh(C @ C.mT)
-    return rounded(s), (Q @ V).contiguous()
+    # What eigh returns below zero for a Gram matrix is rounding.
+    return s.clamp_(min=0), Q @ V
