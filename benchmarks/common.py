@@ -31,6 +31,9 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def seconds(f: Callable[[], object]) -> float:
+    """Of the second of two calls: what a loop sees, without the page faults and cache misses that
+    whoever ran before has left."""
+    f()
     start = time.perf_counter()
     f()
     return time.perf_counter() - start
@@ -42,10 +45,8 @@ def take_turns(
     """Seconds of each contestant in each turn; no new turn starts after ``limit`` seconds.
 
     They come one after the other in one process, so that a ratio compares neighbours in time; every
-    second turn goes backward, so that nobody always runs in the caches that the same one left.
+    second turn goes backward.
     """
-    for f in contestants:
-        f()
     turns: list[list[float]] = []
     start = time.perf_counter()
     while len(turns) < repeats and (not turns or time.perf_counter() - start < limit):

@@ -3,9 +3,10 @@
 Each is ``f(Y, M, K, **noise) -> (*batch)``, differentiable in every argument, with ``noise`` one of
 ``Sigma`` and ``log_noise``.
 
-* ``gpytorch``: GPyTorch's structured path, the operators that its ``MultitaskGaussianLikelihood``
-  makes. Its threshold, up to which everything is a dense Cholesky, is lowered: that is the faster
-  of its two ways from T·D of about 100 on.
+* ``gpytorch``: GPyTorch's structured path, the log density of its ``MultitaskMultivariateNormal``
+  on the operators that its ``MultitaskGaussianLikelihood`` makes. Its threshold, up to which
+  everything is a dense Cholesky, is lowered: that is the faster of its two ways from T·D of about
+  100 on.
 * ``gpytorch_dense``: the same operators with the settings that ``import botorch`` makes for the
   whole process (0.18: fast computations off, Cholesky up to 4096), which is BoTorch's default.
 * ``dense``: torch's own multivariate normal on the T·D × T·D covariance, batched.
@@ -19,6 +20,7 @@ from typing import Any
 
 import linear_operator
 import torch
+from gpytorch import distributions
 from linear_operator import operators
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def _constant(T: int, D: int) -> float:
 
 
 def _covariance_operator(M: Tensor, K: Tensor, noise: dict[str, Tensor]) -> Any:
-    ones = torch.ones(*M.shape[:-2], 1, dtype=M.dtype)
+    ones = M.new_ones(*M.shape[:-2], 1)
     rows = operators.ConstantDiagLinearOperator(ones, diag_shape=M.shape[-1])
     if "log_noise" in noise:
         Sigma = operators.DiagLinearOperator(noise["log_noise"].exp())
@@ -42,15 +44,14 @@ def _covariance_operator(M: Tensor, K: Tensor, noise: dict[str, Tensor]) -> Any:
     return operators.KroneckerProductLinearOperator(*factors) + white
 
 
-def _by_operator(Y: Tensor, M: Tensor, K: Tensor, noise: dict[str, Tensor]) -> Tensor:
+def _log_density(Y: Tensor, M: Tensor, K: Tensor, noise: dict[str, Tensor]) -> Tensor:
     U = _covariance_operator(M, K, noise)
-    quad, logdet = U.inv_quad_logdet(Y.flatten(-2)[..., None], logdet=True)
-    return 0.5 * (quad + logdet + _constant(*Y.shape[-2:]))
+    return distributions.MultitaskMultivariateNormal(torch.zeros_like(Y), U).log_prob(Y)
 
 
 def gpytorch(Y: Tensor, M: Tensor, K: Tensor, **noise: Tensor) -> Tensor:
     with linear_operator.settings.max_cholesky_size(1):
-        return _by_operator(Y, M, K, noise)
+        return -_log_density(Y, M, K, noise)
 
 
 def gpytorch_dense(Y: Tensor, M: Tensor, K: Tensor, **noise: Tensor) -> Tensor:
@@ -60,13 +61,13 @@ def gpytorch_dense(Y: Tensor, M: Tensor, K: Tensor, **noise: Tensor) -> Tensor:
         settings.max_cholesky_size(4096),
         settings.cholesky_max_tries(6),
     ):
-        return _by_operator(Y, M, K, noise)
+        return -_log_density(Y, M, K, noise)
 
 
 def dense(Y: Tensor, M: Tensor, K: Tensor, **noise: Tensor) -> Tensor:
     T, D = Y.shape[-2:]
     Sigma = noise["Sigma"] if "Sigma" in noise else torch.diag_embed(noise["log_noise"].exp())
-    eye = torch.eye(T, dtype=Y.dtype)
+    eye = torch.eye(T, dtype=Y.dtype, device=Y.device)
     U = (
         M[..., :, None, :, None] * K[..., None, :, None, :]
         + eye[:, None, :, None] * Sigma[..., None, :, None, :]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .batch import Shape, broadcast, outer_to, sum_to, symmetric
-from .diagnose import not_positive_definite, require_finite, require_finite_sum
+from .diagnose import not_positive_definite, require_finite
 from .eigen import U
 
 __all__ = ["Cholesky", "factors", "without_zeros"]
@@ -37,7 +37,7 @@ def factors(M: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     batch = broadcast(M.shape[:-2], lam.shape[:-1])
     L = M.new_empty((n, *batch, T, T))
     info = M.new_empty((n, *batch), dtype=torch.int32)
-    require_finite_sum(M, M=M)
+    require_finite(M, M=M)
     for j, C in enumerate(L):
         torch.mul(M, lam[..., j, None, None], out=C)
         C.diagonal(dim1=-2, dim2=-1).add_(1)
@@ -46,7 +46,7 @@ def factors(M: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         require_finite(lam[..., :, None, None] * M[..., None, :, :])
         not_positive_definite(U, (info != 0).any(0))
     L = L.mT.movedim(0, -3)
-    return L, 2 * _diagonal(L).log().sum(-1)
+    return L, (2 * _diagonal(L).log().sum(-1)).contiguous()
 
 
 class Cholesky(NamedTuple):
@@ -110,8 +110,8 @@ class Cholesky(NamedTuple):
         for j, L in enumerate(self.L.unbind(-3), start=D - n):
             torch.cholesky_inverse(L, out=inverse.mT)
             rows.addcmul_(inverse, self.lam[..., j, None, None])
-            with_M.append(_inner(inverse, M)[..., None])
             plain.append(_trace(inverse)[..., None])
+            with_M.append(inverse.mul_(M).sum((-2, -1))[..., None])
         return rows, torch.cat(with_M, -1), torch.cat(plain, -1)
 
     def rows(self, weights: Tensor, g: Tensor, left: Tensor | None, right: Tensor | None,
@@ -167,7 +167,8 @@ class Cholesky(NamedTuple):
         eye = torch.eye(self.size, dtype=M.dtype, device=M.device)
         own = self.lam.shape[-1] > self.L.shape[-3]
         inverses = [eye.expand(*self.L.shape[:-3], *eye.shape)] if own else []
-        return torch.stack([*inverses, *map(torch.cholesky_inverse, self.L.unbind(-3))], -3)
+        inverses += [torch.cholesky_inverse(L) for L in self.L.unbind(-3)]
+        return torch.stack(inverses, -3)
 
     @staticmethod
     def _rows_hvp(inverses: Tensor, kappa: Tensor, lam: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,12 +185,8 @@ class Cholesky(NamedTuple):
 def _cholesky_solve(L: Tensor, y: Tensor) -> Tensor:
     """(L Lᵀ)⁻¹ y; ``torch.cholesky_solve`` copies the factor."""
     half = torch.linalg.solve_triangular(L, y, upper=False)
-    return torch.linalg.solve_triangular(L.mT, half, upper=True)
-
-
-def _inner(X: Tensor, Y: Tensor) -> Tensor:
-    """⟨X, Y⟩, without their product."""
-    return (X.flatten(-2)[..., None, :] @ Y.flatten(-2)[..., :, None])[..., 0, 0]
+    solved: Tensor = torch.linalg.solve_triangular(L.mT, half, upper=True)
+    return solved
 
 
 def _stack(values: Sequence[Tensor]) -> Tensor:

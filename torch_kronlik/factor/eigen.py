@@ -13,7 +13,6 @@ from .diagnose import (
     not_positive_definite,
     raise_if_not_finite,
     require_finite,
-    require_finite_sum,
 )
 
 __all__ = ["U", "eigen", "require_positive_definite", "rounded", "whiten"]
@@ -89,7 +88,7 @@ def _permuted(X: Tensor, order: Tensor) -> Tensor:
 
 
 def _cholesky(X: Tensor, Sigma: Tensor) -> Tensor:
-    require_finite_sum(Sigma, Sigma=Sigma)
+    require_finite(Sigma, Sigma=Sigma)
     L: Tensor
     L, info = torch.linalg.cholesky_ex(X)
     if bool(info.any()):
@@ -98,7 +97,7 @@ def _cholesky(X: Tensor, Sigma: Tensor) -> Tensor:
 
 
 def _eigh(X: Tensor, **arguments: Tensor | None) -> tuple[Tensor, Tensor]:
-    require_finite_sum(X, **arguments)
+    require_finite(X, **arguments)
     values, vectors = torch.linalg.eigh(X)
     require_finite(values, **arguments)
     return values, vectors

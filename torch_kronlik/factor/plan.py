@@ -18,7 +18,7 @@ SMALLEST_LOW_RANK = 96
 # against 0.7 for one T×T Cholesky factor with its inverse and 2 for the eigendecomposition).
 LARGEST_RANK_FRACTION = 8
 EASY_RANK = 64
-EIGH_IN_CHOLESKYS = 5.0
+EIGH_IN_CHOLESKYS = 6.0
 # The native kernel for small problems takes a Cholesky factorisation for each output, in vector
 # lanes: limits of its storage, and where its D factorisations cost more than an eigenproblem.
 LARGEST_SMALL_T = 64

@@ -111,7 +111,7 @@ def noise_matmul(c: Covariance, X: Tensor) -> Tensor:
 def product_gradients(
     Z: Tensor, A: Tensor, c: Covariance, to: Sequence[Shape | None], *, symmetrise: bool = True
 ) -> list[Maybe]:
-    """Gradients of −⟨Z, M A K + A Σ⟩ in (M, K, Sigma, log_noise), summed to batch shapes ``to``.
+    """Gradients of ⟨Z, M A K + A Σ⟩ in (M, K, Sigma, log_noise), summed to batch shapes ``to``.
 
     They are symmetric by themselves where Z is a multiple of A.
     """
@@ -119,14 +119,14 @@ def product_gradients(
     to_M, to_K, to_Sigma, to_log = to
     gM = gK = gSigma = glog = None
     if to_M is not None:
-        gM = sym(outer_to(-(Z @ c.K), A, to_M))
+        gM = sym(outer_to(Z @ c.K, A, to_M))
     if to_K is not None:
-        gK = sym(outer_to(-Z.mT, rows_matmul(c, A).mT, to_K))
+        gK = sym(outer_to(Z.mT, rows_matmul(c, A).mT, to_K))
     if to_Sigma is not None:
-        gSigma = sym(outer_to(-Z.mT, A.mT, to_Sigma))
+        gSigma = sym(outer_to(Z.mT, A.mT, to_Sigma))
     if to_log is not None and c.log_noise is not None:
         root = torch.exp(0.5 * c.log_noise)[..., None, :]  # exp(s) itself may overflow
-        glog = -sum_to(((root * Z) * (root * A)).sum(-2), to_log, 1)
+        glog = sum_to(((root * Z) * (root * A)).sum(-2), to_log, 1)
     return [gM, gK, gSigma, glog]
 
 

@@ -28,8 +28,9 @@ def _whiten_fake(K: Tensor, Sigma: Maybe, log_noise: Maybe) -> Tensors:
 
 
 def _cholesky_fake(M: Tensor, lam: Tensor) -> Tensors:
-    batch, D = torch.broadcast_shapes(M.shape[:-2], lam.shape[:-1]), lam.shape[-1]
-    return M.new_empty((*batch, D, *M.shape[-2:])), M.new_empty((*batch, D))
+    batch, n = torch.broadcast_shapes(M.shape[:-2], lam.shape[:-1]), lam.shape[-1]
+    L = M.new_empty((n, *batch, *M.shape[-2:])).mT.movedim(0, -3)
+    return L, M.new_empty((*batch, n))
 
 
 eigen = define("eigen(Tensor M) -> (Tensor s, Tensor P)", kernels.eigen, _eigen_fake)

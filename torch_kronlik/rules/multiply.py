@@ -45,7 +45,7 @@ def _multiply_vjp(inputs: Any, outputs: Any, grads: Any, needs: Any) -> list[May
     if c.M is None and (needs[5] or needs[6]):
         refuse_rows()
     gY = sum_to(multiply(G, *c), Y.shape[:-2], 2) if needs[0] else None
-    return [gY, *product_gradients(-G, Y, c, c.targets(needs[1:5])), *[None] * 6]
+    return [gY, *product_gradients(G, Y, c, c.targets(needs[1:5])), *[None] * 6]
 
 
 def _multiply_jvp(inputs: Any, outputs: Any, tangents: Any) -> list[Maybe]:

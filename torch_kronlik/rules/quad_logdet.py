@@ -116,15 +116,15 @@ def _gradient(*args: Any) -> tuple[Tensor, ...]:
     left = A = None
     if g_q is not None and Y is not None:
         A = c.factor.solve_scaled(saved[0])
-        Z = g_q[..., None, None] * A
-        left = None if to[1] is None else -(Z @ c.K)
-        out[0] = None if to[0] is None else 2 * sum_to(Z, to[0], 2)
+        Z = -g_q[..., None, None] * A
+        left = None if to[1] is None else Z @ c.K
+        out[0] = None if to[0] is None else -2 * sum_to(Z, to[0], 2)
         own = c.route == "spectral"
         out[1:] = product_gradients(
             Z, A, c, [None, None if own else to[2], *to[3:]], symmetrise=False
         )
         if own and to[2] is not None:
-            out[2] = _quadratic_in_K(g_q, saved[0], c, to[2])
+            out[2] = _quadratic_in_K(-g_q, saved[0], c, to[2])
         if left is not None and to[1] is not None and g_l is None:
             out[1] = outer_to(left, A, to[1])
     if g_l is not None and any(b is not None for b in to[1:]):
@@ -140,15 +140,15 @@ def _mapped(g: Maybe, to: Sequence[Shape | None]) -> Maybe:
     """A mapped argument that the cotangent does not depend on maps the result all the same."""
     if g is None:
         return None
-    return g.expand(torch.broadcast_shapes(g.shape, *(b for b in to if b is not None)))
+    return g.expand(broadcast(g.shape, *(b for b in to if b is not None)))
 
 
-def _quadratic_in_K(g_q: Tensor, scaled: Tensor, c: Covariance, to_K: Shape) -> Tensor:
-    """−g Aᵀ M A as −g (PᵀA)ᵀ S (PᵀA): what M annihilates in a large A then cancels exactly."""
+def _quadratic_in_K(g: Tensor, scaled: Tensor, c: Covariance, to_K: Shape) -> Tensor:
+    """g Aᵀ M A as g (PᵀA)ᵀ S (PᵀA): what M annihilates in a large A then cancels exactly."""
     f = c.spectral()
     B = f.coordinates(scaled)
-    weighted = g_q[..., None, None] * f.s[..., :, None] * B
-    return outer_to(-weighted.mT, B.mT, to_K)
+    weighted = (g[..., None] * f.s)[..., :, None] * B
+    return outer_to(weighted.mT, B.mT, to_K)
 
 
 def _columns_gradient(
@@ -207,7 +207,7 @@ def _hessian_product_q(
     if right is not None:
         Z = 2 * g * solve(right, *c, None)
         out[0] = None if to[0] is None else sum_to(Z, to[0], 2)
-        out[1:] = product_gradients(Z, A, c, to[1:])
+        out[1:] = product_gradients(-Z, A, c, to[1:])
     if V[2] is not None and to[1] is not None:
         out[1] = minus(out[1], outer_to(g * A @ symmetric(V[2]), A, to[1]))
     if V[1] is not None and to[2] is not None:

@@ -44,7 +44,7 @@ def _solve_vjp(inputs: Any, outputs: Any, grads: Any, needs: Any) -> list[Maybe]
     Y, c, _ = _split(inputs)
     Z = solve(grads[0], *c, None)
     gY = sum_to(Z, Y.shape[:-2], 2) if needs[0] else None
-    return [gY, *product_gradients(Z, outputs[0], c, c.targets(needs[1:5])), *[None] * 7]
+    return [gY, *product_gradients(-Z, outputs[0], c, c.targets(needs[1:5])), *[None] * 7]
 
 
 def _solve_jvp(inputs: Any, outputs: Any, tangents: Any) -> list[Maybe]:
