@@ -16,6 +16,7 @@ __all__ = [
     "check_eigenvalues",
     "check_floating",
     "check_noise",
+    "check_rows",
     "check_square",
     "check_uniform",
 ]
@@ -94,6 +95,13 @@ def check_data(name: str, Y: Tensor, shape: tuple[int, int]) -> None:
         raise ValueError(
             f"{name} must have shape (*batch, T, D) with T = {T} (from M) and D = {D} (from K), "
             f"got {tuple(Y.shape)}"
+        )
+
+
+def check_rows(name: str, Y: Tensor, T: int) -> None:
+    if Y.dim() < 2 or Y.shape[-2] != T:
+        raise ValueError(
+            f"{name} must have shape (*batch, T, D) with T = {T} (from M), got {tuple(Y.shape)}"
         )
 
 

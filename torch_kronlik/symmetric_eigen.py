@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .autocast import full_precision
-from .checks import check_floating, check_square
+from .checks import check_floating, check_rows, check_square, check_uniform
 from .rules.factorise import constant_eigen
 
 __all__ = ["SymmetricEigen", "symmetric_eigen"]
@@ -25,6 +26,41 @@ class SymmetricEigen(NamedTuple):
 
     eigenvalues: Tensor
     eigenvectors: Tensor
+
+    @full_precision
+    def decouple(self, Y: Tensor) -> tuple[SymmetricEigen, Tensor]:
+        """The data and M in the basis of the eigenvectors, for many likelihoods of the same Y.
+
+        There U is block diagonal with the blocks s_i K + Σ, one for each row of PᵀY, so that the
+        model falls apart into T problems of one row::
+
+            rows, Z = eigen.decouple(Y)
+            kron_gaussian_nll(Z, rows, K, Sigma=Sigma).sum(-1)
+            # equals kron_gaussian_nll(Y, eigen, K, Sigma=Sigma)
+
+        Args:
+            Y: (*batch, T, D).
+
+        Returns:
+            A SymmetricEigen of batch shape (*batch, T) and size 1, and PᵀY as (*batch, T, 1, D). K
+            and the noise stay as they are; with a batch of their own they need one more dimension
+            of size 1 behind it.
+
+        Raises:
+            TypeError, ValueError: Y does not fit.
+
+        Cost: O(T²·D), once; O(T·D² + D³) for each value and gradient in K and the noise.
+
+        >>> import torch
+        >>> rows, Z = symmetric_eigen(torch.eye(3)).decouple(torch.zeros(3, 2))
+        >>> Z.shape
+        torch.Size([3, 1, 2])
+        """
+        s, P = self
+        check_uniform(**{"M.eigenvectors": P, "M.eigenvalues": s, "Y": Y})
+        check_rows("Y", Y, P.shape[-1])
+        rows = SymmetricEigen(s[..., None], torch.ones_like(s)[..., None, None])
+        return rows, (P.mT @ Y)[..., :, None, :]
 
 
 @full_precision
