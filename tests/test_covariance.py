@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -218,3 +219,13 @@ def test_samples_are_differentiable(kind: str, noise: str, method: str) -> None:
 
     inputs = tuple(x.requires_grad_() for x in (p.M, p.K, *p.noise.values()))
     assert gradcheck(draw, inputs, check_forward_ad=True)
+
+
+@pytest.mark.parametrize("method", ["auto", "cholesky"])
+def test_a_copy_is_asked_for_the_same_method(method: str) -> None:
+    """Not for the route that "auto" has taken."""
+    p = make_problem(6, 2)
+    U = tk.KroneckerPlusNoise(p.M, p.K, **p.noise, method=method)
+    assert U.method_used != "auto"
+    assert not U.is_fresh
+    assert copy.deepcopy(U).is_fresh == (method == "auto")

@@ -53,3 +53,10 @@ def test_data_that_do_not_fit() -> None:
         eigen.decouple(torch.zeros(2, 4))
     with pytest.raises(TypeError, match="Y"):
         eigen.decouple(torch.zeros(3, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", ["cholesky", "low_rank"])
+def test_another_method_for_what_is_diagonalised(method: str) -> None:
+    eigen = tk.symmetric_eigen(torch.eye(3))
+    with pytest.raises(ValueError, match="one of auto, spectral for a SymmetricEigen, got"):
+        tk.KroneckerPlusNoise(eigen, torch.eye(2), log_noise=torch.zeros(2), method=method)

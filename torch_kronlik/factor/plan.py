@@ -25,9 +25,11 @@ LARGEST_SMALL_T = 64
 LARGEST_SMALL_D = 8
 
 
-def check_method(method: str) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+def check_method(method: str, diagonalised: bool = False) -> None:
+    methods = METHODS[:2] if diagonalised else METHODS
+    if method not in methods:
+        given = " for a SymmetricEigen" if diagonalised else ""
+        raise ValueError(f"method must be one of {', '.join(methods)}{given}, got {method!r}")
 
 
 def max_rank(method: str, T: int) -> int:
