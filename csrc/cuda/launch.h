@@ -28,13 +28,23 @@ class Launcher {
     blocks((items + kThreads - 1) / kThreads, kernel, args...);
   }
 
-  // `count` blocks of kThreads threads; no items launch nothing.
+  // `count` blocks of kThreads threads.
   template <typename... Params, typename... Args>
   void blocks(int64_t count, void (*kernel)(Params...), Args... args) const {
+    blocks_of(kThreads, count, kernel, args...);
+  }
+
+  // `count` blocks of `threads` threads; no blocks launch nothing. A call of the runtime instead
+  // of <<<>>>, so that tests/cuda_emulation can compile it as C++.
+  template <typename... Params, typename... Args>
+  void blocks_of(int threads, int64_t count, void (*kernel)(Params...), Args... args) const {
     if (count == 0) return;
     STD_TORCH_CHECK(count <= std::numeric_limits<int32_t>::max(), "too large for one CUDA grid");
-    kernel<<<static_cast<unsigned>(count), kThreads, 0, stream_>>>(args...);
-    const cudaError_t error = cudaGetLastError();
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(count));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.stream = stream_;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
     STD_TORCH_CHECK(error == cudaSuccess, "CUDA launch failed: ", cudaGetErrorString(error));
   }
 
