@@ -3,29 +3,40 @@
 #include "../kernels/small_nll.h"
 #include "../shapes.h"
 #include "launch.h"
+#include "row_elimination.h"
+#include "whiten_warp.h"
 
 namespace torch_kronlik {
 namespace {
-
-constexpr int kPitch = kMaxSmallT + 1;  // neighbouring rows start in different banks
 
 template <typename T>
 struct Pointers {
   const T *y, *m, *k, *noise;
   T *nll, *gy, *gm, *gk, *gnoise;
   int64_t* status;
+  double* basis;  // a Whitened for each problem
+
+  __device__ const Whitened& whitened(int64_t b) const {
+    return reinterpret_cast<const Whitened*>(basis)[b];
+  }
 };
 
-// What a block of threads shares: one problem at a time, one column j of the whitened basis.
-template <typename T>
+enum Sum { kLogdet, kQuad, kTrace, kTraceM, kSums };
+
+// A block of threads has one problem, N threads of it one column j of the whitened basis at a time,
+// and each of these one row of C_j = λ_j M + I.
+template <typename T, int N>
 struct Shared {
-  T C[kMaxSmallT * kPitch];
-  T w[kMaxSmallT], x[kMaxSmallT];
-  Whitened basis;
-  double trace[kMaxSmallD], trace_M[kMaxSmallD];
-  WhitenWork work;
-  double logdet, quad;
-  SmallStatus status;
+  StepRows<T, N> step[kThreads / N];
+  T inverse[N * (N + 1) / 2];               // Σ_j λ_j C_j⁻¹, its lower triangle
+  T X[kMaxSmallD * N];                      // (D, N): C_j⁻¹ ỹ_j in row j, and later (M A)ᵀ
+  T A[kMaxSmallD * N], AK[kMaxSmallD * N];  // Aᵀ and (A K)ᵀ
+  double sums[kSums][kMaxSmallD][2];        // of each j, by half of its threads where N = 64
+  double half;                              // ½, or a NaN for a problem that failed
+
+  __device__ double sum(Sum what, int j) const {
+    return N > 32 ? sums[what][j][0] + sums[what][j][1] : sums[what][j][0];
+  }
 };
 
 template <typename T>
@@ -39,232 +50,219 @@ __device__ SmallOutputs<T> outputs_of(const SmallNll& s, const Pointers<T>& t, i
           s.full_noise};
 }
 
-// L from C_j = λ_j M + I, its log determinant and w = L⁻¹ ỹ_j.
+// One warp for each problem: its basis and its status, which tells of all inputs but Y. Of M both
+// triangles are looked at, although the factorisation reads one.
 template <typename T>
-__device__ void factorise(const SmallNll& s, Shared<T>& sh, const T* m, const T* y, int j) {
-  const int n = static_cast<int>(s.T), D = static_cast<int>(s.D);
-  const T lam = static_cast<T>(sh.basis.lam[j]);
-  for (int e = threadIdx.x; e < n * n; e += kThreads) {
-    const int i = e / n, k = e % n;
-    if (k <= i) sh.C[i * kPitch + k] = lam * m[i * s.m_row + k * s.m_col] + T(i == k);
-  }
-  for (int i = threadIdx.x; i < n; i += kThreads) {
-    double sum = 0;
-    for (int d = 0; d < D; ++d) {
-      sum += static_cast<double>(y[i * s.y_row + d * s.y_col]) * sh.basis.R[d * D + j];
-    }
-    sh.w[i] = static_cast<T>(sum);
-  }
-  __syncthreads();
-  for (int k = 0; k < n; ++k) {
-    const T root = sqrt(sh.C[k * kPitch + k]);  // a NaN if the matrix is not positive definite
-    __syncthreads();
-    for (int i = k + threadIdx.x; i < n; i += kThreads) {
-      sh.C[i * kPitch + k] = i == k ? root : sh.C[i * kPitch + k] / root;
-    }
-    __syncthreads();
-    const int rest = n - k - 1;
-    const T pivot = sh.w[k] / root;
-    for (int e = threadIdx.x; e < rest * rest; e += kThreads) {
-      const int i = k + 1 + e / rest, c = k + 1 + e % rest;
-      if (c <= i) sh.C[i * kPitch + c] -= sh.C[i * kPitch + k] * sh.C[c * kPitch + k];
-    }
-    __syncthreads();
-    for (int i = k + threadIdx.x; i < n; i += kThreads) {
-      sh.w[i] = i == k ? pivot : sh.w[i] - sh.C[i * kPitch + k] * pivot;
-    }
-    __syncthreads();
-  }
-}
-
-// Adds the log determinant and the quadratic form of column j.
-template <typename T>
-__device__ void accumulate(int n, Shared<T>& sh) {
-  double logdet = 0, quad = 0;
-  for (int i = threadIdx.x; i < n; i += kThreads) {
-    logdet += 2 * log(static_cast<double>(sh.C[i * kPitch + i]));
-    quad += static_cast<double>(sh.w[i]) * static_cast<double>(sh.w[i]);
-  }
-  logdet = block_sum(logdet);
-  __syncthreads();
-  quad = block_sum(quad);
-  if (threadIdx.x == 0) {
-    sh.logdet += logdet;
-    sh.quad += quad;
-  }
-  __syncthreads();
-}
-
-// L -> L⁻¹ in place, row by row: a row is read whole before it is written.
-template <typename T>
-__device__ void invert(int n, Shared<T>& sh) {
-  for (int i = 0; i < n; ++i) {
-    const int j = threadIdx.x;
-    T value = 0;
-    if (j <= i) {
-      for (int k = j; k < i; ++k) value -= sh.C[i * kPitch + k] * sh.C[k * kPitch + j];
-      value = (i == j ? T(1) : value) / sh.C[i * kPitch + i];
-    }
-    __syncthreads();
-    if (j <= i) sh.C[i * kPitch + j] = value;
-    __syncthreads();
-  }
-}
-
-// From L⁻¹: gm += λ_j C_j⁻¹, the traces, and column j of X (T, D).
-template <typename T>
-__device__ void add_inverse(const SmallNll& s, Shared<T>& sh, const T* m, T* gm, T* X, int j) {
-  const int n = static_cast<int>(s.T);
-  const T lam = static_cast<T>(sh.basis.lam[j]);
-  double trace = 0, trace_M = 0;
-  for (int e = threadIdx.x; e < n * n; e += kThreads) {
-    const int a = e / n, b = e % n;
-    T sum = 0;
-    for (int i = a > b ? a : b; i < n; ++i) sum += sh.C[i * kPitch + a] * sh.C[i * kPitch + b];
-    gm[e] = (j == 0 ? T(0) : gm[e]) + lam * sum;
-    trace_M += static_cast<double>(sum) * static_cast<double>(m[a * s.m_row + b * s.m_col]);
-    if (a == b) trace += static_cast<double>(sum);
-  }
-  for (int k = threadIdx.x; k < n; k += kThreads) {
-    T sum = 0;
-    for (int i = k; i < n; ++i) sum += sh.C[i * kPitch + k] * sh.w[i];
-    X[k * s.D + j] = sum;
-  }
-  trace = block_sum(trace);
-  __syncthreads();
-  trace_M = block_sum(trace_M);
-  if (threadIdx.x == 0) {
-    sh.trace[j] = trace;
-    sh.trace_M[j] = trace_M;
-  }
-  __syncthreads();
-}
-
-// X -> A = X Rᵀ in place.
-template <typename T>
-__device__ void back_transform(const SmallNll& s, const Shared<T>& sh, T* X) {
+__global__ void whiten_problems(SmallNll s, Pointers<T> t) {
+  __shared__ WhitenWork work;
+  __shared__ Whitened basis;
+  const int64_t b = blockIdx.x;
   const int D = static_cast<int>(s.D);
-  for (int i = threadIdx.x; i < s.T; i += kThreads) {
-    T row[kMaxSmallD];
-    for (int d = 0; d < D; ++d) {
-      double sum = 0;
-      for (int j = 0; j < D; ++j) {
-        sum += static_cast<double>(X[i * D + j]) * sh.basis.R[d * D + j];
-      }
-      row[d] = static_cast<T>(sum);
+  const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
+  SmallStatus status = whiten_by_warp(outputs_of(s, t, b), D, eps, &work, &basis);
+  const T* m = t.m + s.m_batch.offset(b);
+  double zero = 0;
+  for (int e = threadIdx.x; status == kFine && e < s.T * s.T; e += 32) {
+    zero += range_test(basis, m[e / s.T * s.m_row + e % s.T * s.m_col]);
+  }
+  if (!__all_sync(kWholeWarp, zero == 0)) status = kNotFinite;
+  if (status != kFine && threadIdx.x == 0) spoil(&basis, D);
+  __syncwarp();
+  constexpr int kCount = sizeof(Whitened) / sizeof(double);
+  const double* from = reinterpret_cast<const double*>(&basis);
+  for (int e = threadIdx.x; e < kCount; e += 32) t.basis[b * kCount + e] = from[e];
+  if (threadIdx.x == 0) t.status[b] = status;
+}
+
+// The sum over the threads of column j, in a fixed order.
+template <int N>
+__device__ __forceinline__ void add_up(double value, double (*sums)[2], int i, int j, int D) {
+  value = warp_sum(value, N < 32 ? N : 32);
+  if (j < D && i % 32 == 0) sums[j][i / 32] = value;
+}
+
+// λ_j C_j⁻¹ in the row's place, and the traces of C_j⁻¹ and M C_j⁻¹: of entries (i, c), c ≥ i.
+template <typename T, int N>
+__device__ void weigh(const SmallNll& s, Shared<T, N>& sh, Row<T, N>& row, const T* m, T lam, int i,
+                      int j) {
+  const int n = static_cast<int>(s.T), D = static_cast<int>(s.D);
+  const T inverse = 1 / row.pivot;
+  double trace = 0, trace_M = 0;
+#pragma unroll
+  for (int e = 0; e < N; ++e) {
+    const int c = row.column(e, n);
+    if (c < i || c >= n) continue;
+    const T entry = row.a[e] * inverse;
+    const double product = static_cast<double>(entry * m[c * s.m_row + i * s.m_col]);
+    trace_M += c == i ? product : 2 * product;
+    if (c == i) trace = static_cast<double>(entry);
+    row.a[e] = lam * entry;
+  }
+  add_up<N>(trace, sh.sums[kTrace], i, j, D);
+  add_up<N>(trace_M, sh.sums[kTraceM], i, j, D);
+}
+
+// Σ_j λ_j C_j⁻¹: the columns that the block works on take turns, so that the order is always one.
+template <typename T, int N>
+__device__ void collect(const Row<T, N>& row, int n, int i, bool first, T* sum) {
+#pragma unroll
+  for (int e = 0; e < N; ++e) {
+    const int c = row.column(e, n);
+    if (c < i || c >= n) continue;
+    T& entry = sum[c * (c + 1) / 2 + i];
+    entry = (first ? T(0) : entry) + row.a[e];
+  }
+}
+
+// All that needs C_j: its share of the value, and of Σ_j λ_j C_j⁻¹, the traces and X.
+template <typename T, int N>
+__device__ void column(const SmallNll& s, Shared<T, N>& sh, const Whitened& basis, const T* m,
+                       const T* y, int j, int group, bool gradients) {
+  const int n = static_cast<int>(s.T), D = static_cast<int>(s.D), i = threadIdx.x % N;
+  const T lam = j < D ? static_cast<T>(basis.lam[j]) : T(0);
+  Row<T, N> row;
+  row.load(m, s.m_row, s.m_col, lam, n, i);
+  double data = 0;
+  for (int d = 0; i < n && j < D && d < D; ++d) {
+    data += static_cast<double>(y[i * s.y_row + d * s.y_col]) * basis.R[d * D + j];
+  }
+  row.x = static_cast<T>(data);
+  row.eliminate(sh.step[group], n, i);
+  const double w = static_cast<double>(row.w), pivot = static_cast<double>(row.pivot);
+  add_up<N>(log(pivot), sh.sums[kLogdet], i, j, D);
+  add_up<N>(w * w / pivot, sh.sums[kQuad], i, j, D);
+  if (!gradients) return;
+  if (j < D) sh.X[j * N + i] = row.x;
+  weigh(s, sh, row, m, lam, i, j);
+  const int groups = blockDim.x / N;
+  for (int turn = 0; turn < groups; ++turn) {
+    if (turn == group && j < D) collect(row, n, i, j == 0, sh.inverse);
+    __syncthreads();
+  }
+}
+
+template <typename T, int N>
+__device__ void finish(const SmallNll& s, const Pointers<T>& t, Shared<T, N>& sh, int64_t b) {
+  const double count = static_cast<double>(s.T);
+  double logdet = 0, quad = 0;
+  for (int j = 0; j < s.D; ++j) {
+    logdet += sh.sum(kLogdet, j);
+    quad += sh.sum(kQuad, j);
+  }
+  const double total = logdet + count * t.whitened(b).logdet_noise + quad +
+                       count * static_cast<double>(s.D) * 1.8378770664093454836;
+  int64_t status = t.status[b];
+  if (status == kFine && !isfinite(logdet)) status = kCovariancePositive;
+  const T nll = static_cast<T>(0.5 * total);
+  if (status == kFine && !isfinite(nll)) status = kNotFinite;
+  sh.half = status == kFine ? 0.5 : NAN;
+  t.status[b] = status;
+  t.nll[b] = status == kFine ? nll : static_cast<T>(NAN);
+}
+
+// A = X Rᵀ, and then A K and M A.
+template <typename T, int N>
+__device__ void products(const SmallNll& s, const SmallOutputs<T>& o, Shared<T, N>& sh,
+                         const Whitened& basis, const T* m, T* gy) {
+  const int n = static_cast<int>(s.T), D = static_cast<int>(s.D);
+  for (int e = threadIdx.x; e < D * N; e += blockDim.x) {
+    const int d = e / N, i = e % N;
+    double sum = 0;
+    for (int j = 0; j < D; ++j) sum += static_cast<double>(sh.X[j * N + i]) * basis.R[d * D + j];
+    sh.A[e] = static_cast<T>(sum);
+    if (i < n) gy[i * D + d] = static_cast<T>(2 * sh.half * sum);
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < D * N; e += blockDim.x) {
+    const int d = e / N, i = e % N;
+    double with_K = 0, with_M = 0;
+    for (int c = 0; c < D; ++c) with_K += static_cast<double>(sh.A[c * N + i]) * o.K(c, d);
+    for (int k = 0; k < n && i < n; ++k) {
+      with_M +=
+          static_cast<double>(m[k * s.m_row + i * s.m_col]) * static_cast<double>(sh.A[d * N + k]);
     }
-    for (int d = 0; d < D; ++d) X[i * D + d] = row[d];
+    sh.AK[e] = static_cast<T>(with_K);
+    sh.X[e] = static_cast<T>(with_M);
   }
   __syncthreads();
 }
 
-// gm = ½ (gm - A K Aᵀ).
-template <typename T>
-__device__ void subtract_rows(const SmallNll& s, const SmallOutputs<T>& o, const T* A, T* gm) {
+// gM = ½ (Σ_j λ_j C_j⁻¹ - A K Aᵀ).
+template <typename T, int N>
+__device__ void rows_gradient(const SmallNll& s, const Shared<T, N>& sh, T* gm) {
   const int n = static_cast<int>(s.T), D = static_cast<int>(s.D);
-  for (int e = threadIdx.x; e < n * n; e += kThreads) {
-    const T *a = A + e / n * D, *b = A + e % n * D;
-    double sum = 0;
-    for (int d = 0; d < D; ++d) {
-      double inner = 0;
-      for (int c = 0; c < D; ++c) inner += o.K(d, c) * static_cast<double>(b[c]);
-      sum += static_cast<double>(a[d]) * inner;
-    }
-    gm[e] = static_cast<T>(0.5 * (static_cast<double>(gm[e]) - sum));
+  for (int e = threadIdx.x; e < n * N; e += blockDim.x) {
+    const int i = e / N, k = e % N, high = max(i, k), low = min(i, k);
+    if (k >= n) continue;
+    T value = sh.inverse[high * (high + 1) / 2 + low];
+    for (int d = 0; d < D; ++d) value -= sh.AK[d * N + high] * sh.A[d * N + low];
+    gm[i * n + k] = static_cast<T>(sh.half) * value;
   }
 }
 
-__device__ double weighted(const Whitened& basis, int D, const double* weights, int d, int e,
-                           double scale = 1) {
-  double sum = 0;
-  for (int j = 0; j < D; ++j) {
-    sum += (scale * basis.R[d * D + j]) * weights[j] * (scale * basis.R[e * D + j]);
-  }
-  return sum;
+__device__ __forceinline__ double weighted(const Whitened& basis, int D, double weight, int d,
+                                           int e, int j, double scale) {
+  return (scale * basis.R[d * D + j]) * weight * (scale * basis.R[e * D + j]);
 }
 
 // One thread for each entry of gK and of the noise's gradient.
-template <typename T>
-__device__ void columns(const SmallNll& s, const Shared<T>& sh, const SmallOutputs<T>& o,
-                        const T* m, const T* A, T* gk, T* gnoise) {
+template <typename T, int N>
+__device__ void columns_gradient(const SmallNll& s, const SmallOutputs<T>& o,
+                                 const Shared<T, N>& sh, const Whitened& basis, T* gk, T* gnoise) {
   const int D = static_cast<int>(s.D);
-  for (int at = threadIdx.x; at < D * D; at += kThreads) {
+  for (int at = threadIdx.x; at < D * D; at += blockDim.x) {
     const int d = at / D, e = at % D;
     // exp(s) itself may overflow.
     const double root = s.full_noise ? 1.0 : exp(0.5 * o.log_noise(d));
     double with_M = 0, plain = 0;
-    for (int i = 0; i < s.T; ++i) {
-      double inner = 0;
-      for (int k = 0; k < s.T; ++k) {
-        inner +=
-            static_cast<double>(m[i * s.m_row + k * s.m_col]) * static_cast<double>(A[k * D + e]);
-      }
-      const double a = static_cast<double>(A[i * D + d]);
-      with_M += a * inner;
-      plain += (root * a) * (root * static_cast<double>(A[i * D + e]));
+    for (int j = 0; j < D; ++j) {
+      with_M += weighted(basis, D, sh.sum(kTraceM, j), d, e, j, 1);
+      plain += weighted(basis, D, sh.sum(kTrace, j), d, e, j, root);
     }
-    gk[at] = static_cast<T>(0.5 * (weighted(sh.basis, D, sh.trace_M, d, e) - with_M));
-    const T value = static_cast<T>(0.5 * (weighted(sh.basis, D, sh.trace, d, e, root) - plain));
-    if (s.full_noise) gnoise[at] = value;
-    if (!s.full_noise && d == e) gnoise[d] = value;
+    for (int i = 0; i < s.T; ++i) {
+      const double a = static_cast<double>(sh.A[d * N + i]);
+      with_M -= a * static_cast<double>(sh.X[e * N + i]);
+      plain -= (root * a) * (root * static_cast<double>(sh.A[e * N + i]));
+    }
+    gk[at] = static_cast<T>(sh.half * with_M);
+    if (s.full_noise) gnoise[at] = static_cast<T>(sh.half * plain);
+    if (!s.full_noise && d == e) gnoise[d] = static_cast<T>(sh.half * plain);
   }
 }
 
-template <typename T>
-__device__ void finish(const SmallNll& s, const Pointers<T>& t, Shared<T>& sh, int64_t b) {
-  const double count = static_cast<double>(s.T);
-  const double total = sh.logdet + count * sh.basis.logdet_noise + sh.quad +
-                       count * static_cast<double>(s.D) * 1.8378770664093454836;
-  if (sh.status == kFine && !isfinite(sh.logdet)) sh.status = kCovariancePositive;
-  const T nll = static_cast<T>(0.5 * total);
-  if (sh.status == kFine && !isfinite(nll)) sh.status = kNotFinite;
-  t.status[b] = sh.status;
-  t.nll[b] = nll;
+// As many blocks on a multiprocessor as its 65536 registers hold, with a row and some 80 others for
+// each thread.
+template <typename T, int N>
+constexpr int blocks_at_once() {
+  return 65536 / kThreads / (N * static_cast<int>(sizeof(T)) / 4 + 80);
 }
 
-// Both triangles of M, of which the factorisation reads one.
-template <typename T>
-__device__ void require_range(const SmallNll& s, Shared<T>& sh, const T* m) {
-  double zero = 0;
-  for (int64_t e = threadIdx.x; e < s.T * s.T; e += kThreads) {
-    zero += range_test(sh.basis, m[e / s.T * s.m_row + e % s.T * s.m_col]);
-  }
-  zero = block_sum(zero);
-  if (threadIdx.x == 0 && sh.status == kFine && !(zero == 0)) {
-    sh.status = kNotFinite;
-    spoil(&sh.basis, static_cast<int>(s.D));
-  }
-  __syncthreads();
-}
-
-template <typename T>
-__global__ void small_problems(SmallNll s, Pointers<T> t, bool gradients) {
-  __shared__ Shared<T> sh;
+template <typename T, int N>
+__global__ void __launch_bounds__(kThreads, (blocks_at_once<T, N>()))
+    small_problems(SmallNll s, Pointers<T> t, bool gradients) {
+  __shared__ Shared<T, N> sh;
   const int64_t b = blockIdx.x, n = s.T, D = s.D;
   const T *m = t.m + s.m_batch.offset(b), *y = t.y + s.y_batch.offset(b);
-  const SmallOutputs<T> o = outputs_of(s, t, b);
-  if (threadIdx.x == 0) {
-    const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
-    sh.status = whiten_small(o, static_cast<int>(D), eps, &sh.work, &sh.basis);
-    if (sh.status != kFine) spoil(&sh.basis, static_cast<int>(D));
-    sh.logdet = sh.quad = 0;
-  }
-  __syncthreads();
-  require_range(s, sh, m);
-  T *gm = t.gm + b * n * n, *A = t.gy + b * n * D;
-  for (int j = 0; j < D; ++j) {
-    factorise(s, sh, m, y, j);
-    accumulate(static_cast<int>(n), sh);
-    if (gradients) {
-      invert(static_cast<int>(n), sh);
-      add_inverse(s, sh, m, gm, A, j);
-    }
+  const Whitened& basis = t.whitened(b);
+  const int group = threadIdx.x / N, groups = blockDim.x / N;
+  for (int first = 0; first < D; first += groups) {
+    column(s, sh, basis, m, y, first + group, group, gradients);
+    __syncthreads();
   }
   if (threadIdx.x == 0) finish(s, t, sh, b);
+  __syncthreads();
   if (!gradients) return;
-  back_transform(s, sh, A);
-  subtract_rows(s, o, A, gm);
-  columns(s, sh, o, m, A, t.gk + b * D * D, t.gnoise + b * D * (s.full_noise ? D : 1));
+  const SmallOutputs<T> o = outputs_of(s, t, b);
+  products(s, o, sh, basis, m, t.gy + b * n * D);
+  rows_gradient(s, sh, t.gm + b * n * n);
+  columns_gradient(s, o, sh, basis, t.gk + b * D * D, t.gnoise + b * D * (s.full_noise ? D : 1));
+}
+
+template <typename T, int N>
+void launch(const Launcher& launcher, const SmallNll& s, const Pointers<T>& t, bool gradients) {
+  const int wanted = N * static_cast<int>(s.D);
+  const int threads = std::min((wanted + 31) / 32 * 32, kThreads);
+  launcher.blocks_of(threads, s.y_batch.count, small_problems<T, N>, s, t, gradients);
 }
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -273,6 +271,7 @@ Results small_nll(const Tensor& Y, const Tensor& M, const Tensor& K, const Tenso
                   bool full_noise, bool gradients) {
   const Sizes batch = small_batch(Y, M, K, noise, full_noise);
   const SmallNll s = small_nll_of(Y, M, K, noise, full_noise, batch);
+  const int64_t count = s.y_batch.count;
   const auto grad = [&](std::initializer_list<int64_t> core) {
     return torch::stable::new_empty(Y, gradients ? concat(batch, core) : Sizes{0});
   };
@@ -281,14 +280,19 @@ Results small_nll(const Tensor& Y, const Tensor& M, const Tensor& K, const Tenso
   Tensor gy = grad({s.T, s.D}), gm = grad({s.T, s.T}), gk = grad({s.D, s.D});
   Tensor gnoise = full_noise ? grad({s.D, s.D}) : grad({s.D});
   const Launcher launcher(Y);
+  Tensor basis = scratch(Y, count * static_cast<int64_t>(sizeof(Whitened) / sizeof(double)));
   dispatch_floating(Y, "small_nll", [&](auto zero) {
     using T = decltype(zero);
-    const Pointers<T> t{Y.const_data_ptr<T>(),        M.const_data_ptr<T>(),
-                        K.const_data_ptr<T>(),        noise.const_data_ptr<T>(),
-                        nll.mutable_data_ptr<T>(),    gy.mutable_data_ptr<T>(),
-                        gm.mutable_data_ptr<T>(),     gk.mutable_data_ptr<T>(),
-                        gnoise.mutable_data_ptr<T>(), status.mutable_data_ptr<int64_t>()};
-    launcher.blocks(s.y_batch.count, small_problems<T>, s, t, gradients);
+    const Pointers<T> t{Y.const_data_ptr<T>(),           M.const_data_ptr<T>(),
+                        K.const_data_ptr<T>(),           noise.const_data_ptr<T>(),
+                        nll.mutable_data_ptr<T>(),       gy.mutable_data_ptr<T>(),
+                        gm.mutable_data_ptr<T>(),        gk.mutable_data_ptr<T>(),
+                        gnoise.mutable_data_ptr<T>(),    status.mutable_data_ptr<int64_t>(),
+                        basis.mutable_data_ptr<double>()};
+    launcher.blocks_of(32, count, whiten_problems<T>, s, t);
+    if (s.T <= 16) return launch<T, 16>(launcher, s, t, gradients);
+    if (s.T <= 32) return launch<T, 32>(launcher, s, t, gradients);
+    launch<T, 64>(launcher, s, t, gradients);
   });
   return {nll, gy, gm, gk, gnoise, status};
 }
