@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 # A failed compile can leave a wrong artefact on disk, which a later run would load.
@@ -54,6 +55,12 @@ def pytest_configure(config: pytest.Config) -> None:
     for category in ("DeprecationWarning", "FutureWarning"):
         ignored = f"ignore:`?torch.jit.*` is deprecated:{category}"
         config.addinivalue_line("filterwarnings", ignored)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """What only a GPU can show is no skipped test elsewhere."""
+    on_gpu = torch.device(config.getoption("--device")).type == "cuda"
+    return True if collection_path.name == "test_cuda.py" and not on_gpu else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

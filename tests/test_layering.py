@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "torch_kronlik"
 LEVEL = {
     "_version": 0.0,
     "autocast": 0.5,  # keeps everything in full precision inside autocast regions
+    "capture": 0.5,  # what is different while a CUDA graph is captured
     "derivatives": 1.0,  # how a native op gets its derivative rules
     "ops": 1.5,
     "blocks": 1.8,

@@ -30,6 +30,7 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 
 import torch_kronlik as tk
 from torch_kronlik import likelihood, ops, reference
+from torch_kronlik.rules import small as small_rule
 from torch_kronlik.rules.small import small_nll
 
 FINE, NOISE, COVARIANCE, NOT_FINITE = range(4)  # what a problem's status says
@@ -210,6 +211,21 @@ def test_a_fault_is_told_and_stays_in_its_problem(D: int, noise: str, dtype: tor
         error: Any = {NOT_FINITE: (ValueError, OverflowError)}.get(code, LinAlgError)
         with pytest.raises(error, match=message):
             small_nll(q.Y, q.M, q.K, q.noise.get("Sigma"), q.noise.get("log_noise"), True)
+
+
+@each_noise
+def test_a_fault_inside_a_captured_graph_is_no_result(
+    noise: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host cannot wait for the status then, and a replay cannot raise."""
+    monkeypatch.setattr(small_rule, "is_captured", lambda x: True)
+    p = make_problem(4, 3, batch=(5,), noise=noise, dtype=dtype)
+    for key, position, bad, _, _ in faults(noise, dtype):
+        x = leaves(p)[key].clone()
+        x[(3, *position)] = bad if position else bad * x[3]
+        value = nll(from_leaves({**leaves(p), key: x}))
+        assert not value[3].isfinite(), (key, bad)
+        assert value[[0, 1, 2, 4]].isfinite().all()
 
 
 @each_noise

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..capture import is_captured
 from ..derivatives import define, register
 from ..factor.batch import sum_to
 from ..factor.diagnose import (
@@ -33,7 +34,7 @@ def _small_nll(Y: Tensor, M: Tensor, K: Tensor, Sigma: Maybe, log_noise: Maybe,
                gradients: bool) -> tuple[Tensor, ...]:  # fmt: skip
     noise = log_noise if Sigma is None else Sigma
     *out, status = ops.small_nll(Y, M, K, noise, Sigma is not None, gradients)
-    if bool(status.any()):
+    if not is_captured(status) and bool(status.any()):
         _raise(status, Y=Y, M=M, K=K, Sigma=Sigma, log_noise=log_noise)
     return tuple(out)
 

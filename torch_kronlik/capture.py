@@ -1,0 +1,17 @@
+"""CUDA graphs: while one is captured, the host can wait for no result and so raise no error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["is_captured"]
+
+
+def is_captured(x: Tensor) -> bool:
+    """Whether what is done to ``x`` goes into a CUDA graph.
+
+    Checks of values are then left out: what they would have raised for is a NaN in the result of
+    the replay.
+    """
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
