@@ -1,169 +1,118 @@
-"""Everything on a GPU in one command, under ten minutes: checks, sanitizer, times, floors.
+"""Everything on a GPU in one command, under ten minutes: build, checks, sanitizer, floors, times.
 
     python benchmarks/gpu.py [--device cuda] [--quick] [--check-only] [--output table.md]
 
-Checks every native kernel against float64 references, runs itself once more under compute-sanitizer
-on small sizes where that is installed, then times against the peers and the floors measured in the
-same run: bandwidth of a device copy, rate of a matrix product, Cholesky, eigendecomposition.
-Contestants take turns; ratios are medians. ``--device cpu --quick`` tries the script itself.
+Builds the native libraries where they are missing, checks every kernel against float64 references,
+runs the small ones once more under compute-sanitizer where that is installed, then times against
+the peers and the floors measured in the same run. Contestants take turns; numbers are medians.
+``--device cpu --quick`` tries the script itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import platform
 import shutil
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from cases import Case, problem
-from common import markdown, ratio, take_turns
-from peers import composed, dense, gpytorch
-from torch import Tensor
 
-import torch_kronlik as tk
-from torch_kronlik import reference
-
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-METHODS = ("auto", "spectral", "cholesky", "low_rank")
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+SANITIZERS = ("memcheck", "racecheck")
+ROUTES = ["T", "D", "spectral", "cholesky", "T/8 sought", "rank found"]
 
 
-def synchronised(f: Callable[[], object]) -> Callable[[], object]:
-    def run() -> object:
-        result = f()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return result
-
-    return run
-
-
-def milliseconds(f: Callable[[], object], repeats: int) -> float:
-    turns = take_turns([synchronised(f)], repeats)
-    return 1e3 * statistics.median(turn[0] for turn in turns)
-
-
-# --- checks --------------------------------------------------------------------------------------
-
-
-def moved(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    Y, M, K, noise = problem(case)
-    return Y.to(device), M.to(device), K.to(device), {k: x.to(device) for k, x in noise.items()}
-
-
-def gradients(nll: Callable[..., Tensor], Y: Tensor, M: Tensor, K: Tensor,
-              noise: dict[str, Tensor]) -> list[Tensor]:  # fmt: skip
-    """The value and its gradients in M, K and the noise."""
-    leaves = [x.detach().requires_grad_() for x in (M, K, *noise.values())]
-    value = nll(Y, *leaves[:2], **dict(zip(noise, leaves[2:], strict=True)))
-    return [value, *torch.autograd.grad(value.sum(), leaves)]
-
-
-def worst(found: list[Tensor], expected: list[Tensor]) -> float:
-    errors = [
-        (x.double().cpu() - y.double().cpu()).abs().max() / y.double().abs().max().cpu()
-        for x, y in zip(found, expected, strict=True)
-    ]
-    return float(torch.stack(errors).max())
-
-
-def check_likelihood(device: str) -> None:
-    cases = [Case(24, 3), Case(24, 3, noise="full"), Case(60, 5, "matern12"), Case(9, 2, batch=7)]
-    cases += [Case(130, 2), Case(130, 9, "matern12", noise="full")]
-    for base in cases:
-        for dtype in (torch.float64, torch.float32):
-            case = base._replace(dtype=dtype)
-            Y, M, K, noise = moved(case, device)
-            wide = {k: x.double() for k, x in noise.items()}
-            expected = gradients(
-                reference.kron_gaussian_nll, Y.double(), M.double(), K.double(), wide
-            )
-            for method in METHODS:
-                nll = partial(tk.kron_gaussian_nll, method=method)
-                report(f"{case} {method}", worst(gradients(nll, Y, M, K, noise), expected), dtype)
-
-
-def check_blocks(device: str) -> None:
-    for dtype in (torch.float64, torch.float32):
-        A = torch.randn(2, 35, 14, dtype=dtype, device=device)
-        for X in (A, A.mT.contiguous().mT):
-            found, expected = tk.block_diag_sum(X, 7), reference.block_diag_sum(X.double(), 7)
-            report("block_diag_sum", worst([found], [expected]), dtype)
-
-
-def report(what: str, error: float, dtype: torch.dtype) -> None:
-    good = error <= TOLERANCE[dtype]
-    print(f"{'ok  ' if good else 'FAIL'} {what}, {dtype}: {error:.1e}", flush=True)
-    if not good:
-        raise SystemExit(1)
-
-
-def sanitize(device: str) -> None:
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        print("compute-sanitizer is not installed: not run")
+def build_if_needed(device: str) -> None:
+    needed = ["_C"] if device == "cpu" else ["_C", "_C_cuda"]
+    if all(list((ROOT / "torch_kronlik").glob(f"{name}.*")) for name in needed):
         return
-    for kind in ("memcheck", "racecheck"):
-        command = [tool, "--tool", kind, "--error-exitcode", "1", sys.executable, __file__]
-        subprocess.run([*command, "--device", device, "--check-only"], check=True)
+    print("building the native libraries", flush=True)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
-# --- times ---------------------------------------------------------------------------------------
+def sanitize(device: str, seconds: float) -> list[str]:
+    """Runs the small checks under compute-sanitizer; what was found, in words."""
+    tool = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    if tool is None or device == "cpu":
+        return ["compute-sanitizer: not run"]
+    # without the caching allocator, so that memory next to a tensor is nobody's
+    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    found = []
+    for kind in SANITIZERS:
+        command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable]
+        command += [str(HERE / "gpu_checks.py"), "--device", device, "--small"]
+        try:
+            done = subprocess.run(
+                command, env=env, timeout=seconds, capture_output=True, text=True, check=False
+            )
+        except subprocess.TimeoutExpired:
+            found.append(f"compute-sanitizer {kind}: no fault in {seconds:.0f} s, not finished")
+            continue
+        last = (done.stdout + done.stderr).strip().splitlines()[-12:]
+        words = "clean" if done.returncode == 0 else "FAULT\n" + "\n".join(last)
+        found.append(f"compute-sanitizer {kind}: {words}")
+    return found
 
 
-def floors(device: str, quick: bool) -> list[list[str]]:
-    n, T = (1 << 20, 256) if quick else (1 << 28, 4096)
-    source = torch.randn(n, device=device)
-    target = torch.empty_like(source)
-    copy = milliseconds(lambda: target.copy_(source), 5)
-    X = torch.randn(T, T, device=device, dtype=torch.float64)
-    S = X @ X.mT + T * torch.eye(T, device=device, dtype=torch.float64)
-    product = milliseconds(lambda: X @ X, 3)
-    return [
-        ["device copy", f"{copy:.2f}", f"{8 * n / copy / 1e6:.0f} GB/s read and written"],
-        [f"product {T}", f"{product:.2f}", f"{2 * T**3 / product / 1e9:.1f} TFLOP/s float64"],
-        [f"cholesky {T}", f"{milliseconds(lambda: torch.linalg.cholesky(S), 3):.1f}", ""],
-        [f"eigh {T}", f"{milliseconds(lambda: torch.linalg.eigh(S), 1):.1f}", ""],
+def describe(device: str) -> str:
+    if device == "cpu":
+        name = platform.processor() or platform.machine()
+    else:
+        name = torch.cuda.get_device_name(device)
+        if tool := shutil.which("nvidia-smi"):
+            query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+            driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+            name += f", driver {driver.strip().splitlines()[0] if driver.strip() else 'unknown'}"
+    return f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+
+
+def checked(device: str) -> str:
+    from gpu_checks import run_checks
+
+    results = list(run_checks(device))
+    for what, dtype, off, good in results:
+        print(f"{'ok  ' if good else 'FAIL'} {what}, {dtype}: {off:.1e}", flush=True)
+    failed = [
+        f"FAULT: {what}, {dtype}: {off:.1e}" for what, dtype, off, good in results if not good
     ]
+    return "\n".join([f"{len(results)} checks against float64 references", *failed])
 
 
-def block_sums(device: str, quick: bool) -> list[list[str]]:
-    """To compare with half the rate of the copy, which writes as much as it reads."""
-    rows = []
-    for p, m in ((64, 64),) if quick else ((16, 4096), (64, 1024)):
-        A = torch.randn(p * m, p * m, device=device)
-        mine = milliseconds(partial(tk.block_diag_sum, A, p), 5)
-        rate = f"{4 * p * m * m / mine / 1e6:.0f} GB/s read"
-        rows.append([f"block_diag_sum of {p} blocks {m}×{m}", f"{mine:.3f}", rate])
-        del A
-    return rows
+class Report:
+    """Lines that are printed and written as they come, so that a run cut short leaves a table."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self.lines = path, list[str]()
+
+    def add(self, line: str) -> None:
+        print(line, flush=True)
+        self.lines.append(line)
+        if self.path:
+            self.path.write_text("\n".join(self.lines) + "\n")
+
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        for line in ("", *("| " + " | ".join(x) + " |" for x in (header, ["---"] * len(header)))):
+            self.add(line)
+        for row in rows:
+            self.add("| " + " | ".join(row) + " |")
 
 
-def against(name: str, case: Case, peer: Callable[..., Tensor], device: str) -> list[str]:
-    inputs = moved(case, device)
-    steps: list[Callable[[], Any]] = [
-        synchronised(partial(gradients, f, *inputs)) for f in (tk.kron_gaussian_nll, peer)
-    ]
-    turns = take_turns(steps, 5, limit=60)
-    ours, theirs = (1e3 * statistics.median(x) for x in zip(*turns, strict=True))
-    return [f"{case}", f"{ours:.2f}", f"{name}: {theirs:.1f} ms, {ratio(turns, of=1).median:.1f}×"]
+def times(report: Report, device: str, quick: bool) -> None:
+    from gpu_times import HEADER, Bench
 
-
-def comparisons(device: str, quick: bool) -> list[list[str]]:
-    single = torch.float32
-    batch, T = (64, 256) if quick else (4096, 4096)
-    return [
-        against("composed eigh", Case(32, 4, batch=batch, dtype=single), composed, device),
-        against("dense", Case(16, 3, batch=batch), dense, device),
-        against("GPyTorch", Case(T, 8), gpytorch, device),
-        against("GPyTorch", Case(T // 2, 4, "matern12"), gpytorch, device),
-        against("composed eigh", Case(T // 4, 16, "matern12"), composed, device),
-    ]
+    bench = Bench(device, quick, budget=0.3 if quick else 8)
+    for part in (bench.measure_floors, bench.block_sums, bench.small_kernels, bench.comparisons):
+        report.table(HEADER, part())
+    bench.budget = 0.1 if quick else 1
+    report.add("\nValue and gradients by each route, float64, ms:")
+    report.table(ROUTES, bench.routes())
 
 
 def main() -> None:
@@ -173,19 +122,20 @@ def main() -> None:
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    check_blocks(options.device)
-    check_likelihood(options.device)
-    if options.check_only:
-        return
-    if options.device != "cpu":
-        sanitize(options.device)
-    name = torch.cuda.get_device_name() if options.device != "cpu" else "CPU"
-    rows = floors(options.device, options.quick) + block_sums(options.device, options.quick)
-    rows += comparisons(options.device, options.quick)
-    table = f"{name}, torch {torch.__version__}\n\n" + markdown(["what", "ms", ""], rows)
-    print(table)
-    if options.output:
-        options.output.write_text(table + "\n")
+    start = time.perf_counter()
+    sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    build_if_needed(options.device)
+    report = Report(options.output)
+    report.add(describe(options.device))
+    report.add(checked(options.device))
+    for line in sanitize(options.device, seconds=90):
+        report.add(line)
+    if not options.check_only:
+        times(report, options.device, options.quick)
+    report.add(f"\n{time.perf_counter() - start:.0f} s in all")
+    if any("FAULT" in line for line in report.lines):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
