@@ -32,13 +32,17 @@ struct Row {
   T w = 0;         // of L⁻¹ y for C = L Diag(p) Lᵀ
   T pivot = T(1);  // p_i
 
-  // C = lam M + I, of which the lower triangle is read.
+  // C = lam M + I, of which the lower triangle is read; the rest of the row is an identity's.
   __device__ void load(const T* m, int64_t row_stride, int64_t col_stride, T lam, int n, int i) {
     m += min(i, n - 1) * col_stride;
 #pragma unroll
-    for (int c = 0; c < N; ++c) a[c] = c < n ? m[c * row_stride] : T(0);
+    for (int c = 0; c < N; ++c) a[c] = 0;
+    if (n > 0) {  // once: in a loop of conditions each load would wait for the one before
 #pragma unroll
-    for (int c = 0; c < N; ++c) a[c] = (c >= i ? lam : T(0)) * a[c] + T(c == i);
+      for (int c = 0; c < N; ++c) a[c] = m[min(c, n - 1) * row_stride];
+    }
+#pragma unroll
+    for (int c = 0; c < N; ++c) a[c] = (c >= i && c < n ? lam : T(0)) * a[c] + T(c == i);
   }
 
   // A pivot that is not positive stays as it is.

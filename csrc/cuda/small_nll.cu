@@ -88,29 +88,39 @@ __device__ void weigh(const SmallNll& s, Shared<T, N>& sh, Row<T, N>& row, const
   const int n = static_cast<int>(s.T), D = static_cast<int>(s.D);
   const T inverse = 1 / row.pivot;
   double trace = 0, trace_M = 0;
+  m += min(i, n - 1) * s.m_col;
 #pragma unroll
-  for (int e = 0; e < N; ++e) {
+  for (int e = 0; n > 0 && e < N; ++e) {
     const int c = row.column(e, n);
-    if (c < i || c >= n) continue;
-    const T entry = row.a[e] * inverse;
-    const double product = static_cast<double>(entry * m[c * s.m_row + i * s.m_col]);
-    trace_M += c == i ? product : 2 * product;
+    const T entry = c < i || c >= n ? T(0) : row.a[e] * inverse;
+    const T product = entry * m[min(c, n - 1) * s.m_row];
+    trace_M += (c == i ? 1 : 2) * static_cast<double>(product);
     if (c == i) trace = static_cast<double>(entry);
     row.a[e] = lam * entry;
+    if (e % 8 == 7) __syncwarp();  // or all loads come first, for which registers do not suffice
   }
   add_up<N>(trace, sh.sums[kTrace], i, j, D);
   add_up<N>(trace_M, sh.sums[kTraceM], i, j, D);
 }
 
 // Σ_j λ_j C_j⁻¹: the columns that the block works on take turns, so that the order is always one.
+// Several entries at a time, so that one load does not wait for the store before it.
 template <typename T, int N>
 __device__ void collect(const Row<T, N>& row, int n, int i, bool first, T* sum) {
+  constexpr int kStep = 8;
 #pragma unroll
-  for (int e = 0; e < N; ++e) {
-    const int c = row.column(e, n);
-    if (c < i || c >= n) continue;
-    T& entry = sum[c * (c + 1) / 2 + i];
-    entry = (first ? T(0) : entry) + row.a[e];
+  for (int start = 0; start < N; start += kStep) {
+    T before[kStep];
+#pragma unroll
+    for (int u = 0; u < kStep; ++u) {
+      const int c = row.column(start + u, n);
+      before[u] = first || c < i || c >= n ? T(0) : sum[c * (c + 1) / 2 + i];
+    }
+#pragma unroll
+    for (int u = 0; u < kStep; ++u) {
+      const int c = row.column(start + u, n);
+      if (c >= i && c < n) sum[c * (c + 1) / 2 + i] = before[u] + row.a[start + u];
+    }
   }
 }
 
