@@ -214,15 +214,6 @@ def test_a_fault_in_a_graph_is_a_nan_and_stays_in_its_problem(
             assert torch.equal(x[others], y[others]), (key, factor)
 
 
-def test_a_call_that_has_to_wait_is_refused_while_capturing(device: torch.device) -> None:
-    p = make_problem(130, 3, device=device)
-    value_and_gradients(p)
-    with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        value_and_gradients(p)
-    torch.cuda.synchronize(device)
-    value_and_gradients(p)  # nothing is left broken
-
-
 # ---------------------------------------------------------------- another device
 
 
