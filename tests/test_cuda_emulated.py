@@ -140,6 +140,39 @@ def test_block_diag_sum_of_views(view: str, dtype: torch.dtype) -> None:
     check_close(ops.block_diag_sum(A, 2), blocks.loop(A, 2), floor=1.0)
 
 
+def compact(p: int, m: int, n: int, dtype: torch.dtype) -> Tensor:
+    """(p·m, p·n) in little memory: entries off the diagonal blocks share it with those on them.
+
+    Small integers, whose sums are exact in any order.
+    """
+    storage = torch.randint(-9, 10, (p * (m * n + n),), dtype=torch.int64).to(dtype)
+    return storage.as_strided((p * m, p * n), (n, 1))
+
+
+def exact_sum(A: Tensor, p: int) -> Tensor:
+    m, n = A.shape[0] // p, A.shape[1] // p
+    shape, stride = (p, m, n), (m * A.stride(0) + n * A.stride(1), *A.stride())
+    return A.as_strided(shape, stride).sum(0)
+
+
+# Parts: thousands of them, added by many threads; one for each thread, of several chunks; one or
+# two, in large matrices.
+PARTS = [(5000, 2, 2, 1), (300, 9, 12, 1), (130, 4, 16, 4100), (17, 300, 260, 1), (3, 5, 12, 2)]
+
+
+@pytest.mark.parametrize(("p", "m", "n", "batch"), PARTS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_block_diag_sum_of_many_and_of_large_blocks(
+    p: int, m: int, n: int, batch: int, transposed: bool, dtype: torch.dtype
+) -> None:
+    A = compact(p, m, n, dtype)
+    expected = exact_sum(A, p)
+    A, expected = (A.mT, expected.mT) if transposed else (A, expected)
+    out = ops.block_diag_sum(A.expand(batch, *A.shape), p)
+    assert torch.equal(out, expected.expand(out.shape))
+    assert out.is_contiguous()
+
+
 @pytest.mark.parametrize(("batch", "p", "m", "n"), blocks.SHAPES)
 def test_block_diag_expand(batch: Any, p: int, m: int, n: int, dtype: torch.dtype) -> None:
     S = torch.randn(*batch, n, m, dtype=dtype).mT

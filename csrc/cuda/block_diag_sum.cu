@@ -1,51 +1,158 @@
 #include "../kernels/block_diag_sum.h"
 #include "../shapes.h"
 #include "launch.h"
+#include "runs.h"
 
 namespace torch_kronlik {
 namespace {
 
-// One thread for each entry of partial (batch, chunk, m, n).
-template <typename T>
-__global__ void sum_chunks(Blocks s, int64_t items, const T* __restrict__ a,
-                           double* __restrict__ partial) {
-  const int64_t item = thread_index();
-  if (item >= items) return;
-  const int64_t entries = s.m * s.n, chunks = s.chunks();
-  const int64_t entry = item % entries, chunk = item / entries % chunks;
-  const T* begin = a + s.batch.offset(item / entries / chunks) +
-                   s.chunk_begin(chunk) * s.block_stride + entry / s.n * s.row_stride +
-                   entry % s.n * s.col_stride;
-  sum_tile(s, begin, s.chunk_size(chunk), 1, 1, 0, partial + item);
+// The sum of `kWidth` neighbouring entries over a part of the blocks is one thread's work. So many
+// such sums keep every memory channel busy; where there are fewer, the blocks are cut into parts.
+// A constant, so that results do not depend on the device.
+constexpr int64_t kEnoughSums = 1 << 16;
+constexpr int kLoads = 8;  // in flight at a time in each thread
+
+struct Parts {
+  int64_t bands;  // of kRows neighbouring rows
+  int64_t runs;   // of kWidth entries in a row
+  int64_t size;   // blocks in a part, a multiple of kLoads
+  int64_t count;  // of parts
+};
+
+Parts parts_of(const Blocks& s, int width, int rows) {
+  Parts q;
+  q.bands = (s.m + rows - 1) / rows;
+  q.runs = s.n / width;
+  const int64_t sums = s.batch.count * s.m * q.runs;
+  const int64_t loads = (s.p * sums + kEnoughSums * kLoads - 1) / (kEnoughSums * kLoads);
+  q.size = kLoads * loads;
+  q.count = (s.p + q.size - 1) / q.size;
+  return q;
 }
 
-// One thread for each entry of the result adds its chunks in order.
+// total += the sum of kCount blocks, whose loads are all in flight at once.
+template <int kCount, int kWidth, typename T>
+__device__ __forceinline__ void add_blocks(const T* a, int64_t stride, double* total) {
+  Run<T, kWidth> run[kCount];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) run[k] = load_run<kWidth>(a + k * stride);
+#pragma unroll
+  for (int v = 0; v < kWidth; ++v) {
+    double sum = static_cast<double>(run[0].x[v]);
+#pragma unroll
+    for (int k = 1; k < kCount; ++k) sum += static_cast<double>(run[k].x[v]);
+    total[v] += sum;
+  }
+}
+
+// total += the sum of `count` blocks, chunk by chunk.
+template <int kWidth, typename T>
+__device__ __forceinline__ void add_part(const T* a, int64_t stride, int64_t count, double* total) {
+  while (count > 0) {
+    double chunk[kWidth] = {};
+    int left = static_cast<int>(count < kBlocksPerChunk ? count : kBlocksPerChunk);
+    count -= left;
+    for (; left >= kLoads; left -= kLoads, a += kLoads * stride) {
+      add_blocks<kLoads, kWidth>(a, stride, chunk);
+    }
+    if (left & 4) add_blocks<4, kWidth>(a, stride, chunk), a += 4 * stride;
+    if (left & 2) add_blocks<2, kWidth>(a, stride, chunk), a += 2 * stride;
+    if (left & 1) add_blocks<1, kWidth>(a, stride, chunk);
+#pragma unroll
+    for (int v = 0; v < kWidth; ++v) total[v] += chunk[v];
+  }
+}
+
+// to (batch, part, m, n) at these strides of the last two: one thread for each run and part.
+// Where the result runs across memory, neighbouring threads take kRows rows, so that they write
+// neighbouring entries too.
+template <int kWidth, int kRows, typename T, typename Out>
+__global__ void sum_parts(Blocks s, Parts q, const T* __restrict__ a, Out* __restrict__ to,
+                          OutStrides strides) {
+  const int64_t in_matrix = q.bands * q.runs * kRows, item = thread_index();
+  const int64_t within = item % in_matrix, b_part = item / in_matrix;
+  const int64_t b = b_part / q.count, part = b_part % q.count;
+  const int64_t i = within / kRows / q.runs * kRows + within % kRows;
+  const int64_t j = within / kRows % q.runs * kWidth;
+  if (b >= s.batch.count || i >= s.m) return;
+  const int64_t first = part * q.size, left = s.p - first;
+  const T* begin = a + s.batch.offset(b) + first * s.block_stride + i * s.row_stride;
+  double total[kWidth] = {};
+  add_part<kWidth>(begin + j * s.col_stride, s.block_stride, left < q.size ? left : q.size, total);
+  to += b_part * s.m * s.n;
+  if constexpr (kRows == 1) {
+    store_run<kWidth>(total, to + i * s.n + j);
+  } else {
+    store_each<kWidth>(total, to + i * strides.row + j * strides.col, strides.col);
+  }
+}
+
+// A block of threads adds the parts of kThreads / lanes entries, `lanes` threads for each.
 template <typename T>
-__global__ void add_chunks(Blocks s, int64_t items, const double* __restrict__ partial,
-                           T* __restrict__ out, int64_t out_row_stride, int64_t out_col_stride) {
-  const int64_t item = thread_index();
-  if (item >= items) return;
-  const int64_t entries = s.m * s.n, chunks = s.chunks();
+__global__ void add_parts(Blocks s, int64_t parts, int lanes, const double* __restrict__ partial,
+                          T* __restrict__ out, OutStrides strides) {
+  const int width = kThreads / lanes, lane = threadIdx.x / width;
+  const int64_t entries = s.m * s.n;
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * width + threadIdx.x % width;
   const int64_t entry = item % entries, b = item / entries;
   double total = 0;
-  for (int64_t c = 0; c < chunks; ++c) total += partial[(b * chunks + c) * entries + entry];
-  out[b * entries + entry / s.n * out_row_stride + entry % s.n * out_col_stride] =
-      static_cast<T>(total);
+  if (b < s.batch.count) {
+    for (int64_t part = lane; part < parts; part += lanes) {
+      total += partial[(b * parts + part) * entries + entry];
+    }
+  }
+  total = block_sum(total, width);
+  if (lane == 0 && b < s.batch.count) {
+    out[b * entries + entry / s.n * strides.row + entry % s.n * strides.col] =
+        static_cast<T>(total);
+  }
+}
+
+int lanes_for(int64_t parts) {
+  int lanes = 1;
+  while (lanes < kThreads && lanes * kLoads < parts) lanes *= 2;
+  return lanes;
+}
+
+template <int kWidth, int kRows, typename T>
+void run(const Launcher& launcher, const Blocks& s, const Tensor& A, Tensor& out,
+         OutStrides strides) {
+  const Parts q = parts_of(s, kWidth, kRows);
+  const T* a = A.const_data_ptr<T>();
+  T* to = out.mutable_data_ptr<T>();
+  const int64_t results = s.batch.count * s.m * s.n;
+  const int64_t threads = s.batch.count * q.count * q.bands * q.runs * kRows;
+  if (q.count == 1) {
+    return launcher.threads(threads, sum_parts<kWidth, kRows, T, T>, s, q, a, to, strides);
+  }
+  Tensor partial = scratch(A, results * q.count);
+  double* parts = partial.mutable_data_ptr<double>();
+  launcher.threads(threads, sum_parts<kWidth, kRows, T, double>, s, q, a, parts,
+                   OutStrides{s.n, 1});
+  const int lanes = lanes_for(q.count);
+  launcher.threads(results * lanes, add_parts<T>, s, q.count, lanes, parts, to, strides);
+}
+
+template <int kWidth, typename T>
+void run_across(const Launcher& launcher, const Blocks& s, const Tensor& A, Tensor& out,
+                OutStrides strides) {
+  const auto f = strides.col == 1 ? run<kWidth, 1, T> : run<kWidth, 8, T>;
+  f(launcher, s, A, out, strides);
 }
 
 Tensor block_diag_sum(const Tensor& A, int64_t num_blocks) {
   Blocks s = blocks_of(A, num_blocks);
   Tensor out = torch::stable::new_empty(A, concat(batch_sizes(A, 2), {s.m, s.n}));
   const OutStrides strides = run_along_contiguous(s);
+  if (s.batch.count * s.m * s.n == 0) return out;
   const Launcher launcher(A);
-  const int64_t results = s.batch.count * s.m * s.n;
-  Tensor partial = scratch(A, results * s.chunks());
   dispatch_floating(A, "block_diag_sum", [&](auto zero) {
     using T = decltype(zero);
-    launcher.threads(results * s.chunks(), sum_chunks<T>, s, results * s.chunks(),
-                     A.const_data_ptr<T>(), partial.mutable_data_ptr<double>());
-    launcher.threads(results, add_chunks<T>, s, results, partial.const_data_ptr<double>(),
-                     out.mutable_data_ptr<T>(), strides.row, strides.col);
+    constexpr int kWidth = 16 / sizeof(T);
+    const T* a = A.const_data_ptr<T>();
+    const bool whole = whole_runs<kWidth>(a, s.n, s.col_stride, s.row_stride, s.batch);
+    const auto f = whole ? run_across<kWidth, T> : run_across<1, T>;
+    f(launcher, s, A, out, strides);
   });
   return out;
 }

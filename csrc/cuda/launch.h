@@ -62,15 +62,16 @@ __device__ __forceinline__ int64_t thread_index() {
   return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
 }
 
-// The sum of one value from each thread of a block, in a fixed order; thread 0 gets the result.
-__device__ __forceinline__ double block_sum(double value) {
+// Thread t < width gets the sum over the threads t, t + width, t + 2 width, … of its block, in a
+// fixed order; width is a power of two.
+__device__ __forceinline__ double block_sum(double value, int width = 1) {
   __shared__ double shared[kThreads];
   shared[threadIdx.x] = value;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
+  for (int half = kThreads / 2; half >= width; half /= 2) {
     __syncthreads();
     if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
   }
-  return shared[0];
+  return shared[threadIdx.x];
 }
 
 // out[b] = Σ of values (count, n), row b by block b.
