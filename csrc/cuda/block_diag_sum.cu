@@ -1,6 +1,6 @@
 #include "../kernels/block_diag_sum.h"
 #include "../shapes.h"
-#include "launch.h"
+#include "parts.h"
 #include "runs.h"
 
 namespace torch_kronlik {
@@ -87,32 +87,17 @@ __global__ void sum_parts(Blocks s, Parts q, const T* __restrict__ a, Out* __res
   }
 }
 
-// A block of threads adds the parts of kThreads / lanes entries, `lanes` threads for each.
+// out (batch, m, n) at these strides of the last two.
 template <typename T>
-__global__ void add_parts(Blocks s, int64_t parts, int lanes, const double* __restrict__ partial,
-                          T* __restrict__ out, OutStrides strides) {
-  const int width = kThreads / lanes, lane = threadIdx.x / width;
-  const int64_t entries = s.m * s.n;
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * width + threadIdx.x % width;
-  const int64_t entry = item % entries, b = item / entries;
-  double total = 0;
-  if (b < s.batch.count) {
-    for (int64_t part = lane; part < parts; part += lanes) {
-      total += partial[(b * parts + part) * entries + entry];
-    }
-  }
-  total = block_sum(total, width);
-  if (lane == 0 && b < s.batch.count) {
-    out[b * entries + entry / s.n * strides.row + entry % s.n * strides.col] =
-        static_cast<T>(total);
-  }
-}
+struct PutEntry {
+  T* out;
+  int64_t m, n;
+  OutStrides strides;
 
-int lanes_for(int64_t parts) {
-  int lanes = 1;
-  while (lanes < kThreads && lanes * kLoads < parts) lanes *= 2;
-  return lanes;
-}
+  __device__ void operator()(int64_t b, int64_t entry, double total) const {
+    out[b * m * n + entry / n * strides.row + entry % n * strides.col] = static_cast<T>(total);
+  }
+};
 
 template <int kWidth, int kRows, typename T>
 void run(const Launcher& launcher, const Blocks& s, const Tensor& A, Tensor& out,
@@ -120,17 +105,15 @@ void run(const Launcher& launcher, const Blocks& s, const Tensor& A, Tensor& out
   const Parts q = parts_of(s, kWidth, kRows);
   const T* a = A.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
-  const int64_t results = s.batch.count * s.m * s.n;
   const int64_t threads = s.batch.count * q.count * q.bands * q.runs * kRows;
   if (q.count == 1) {
     return launcher.threads(threads, sum_parts<kWidth, kRows, T, T>, s, q, a, to, strides);
   }
-  Tensor partial = scratch(A, results * q.count);
-  double* parts = partial.mutable_data_ptr<double>();
-  launcher.threads(threads, sum_parts<kWidth, kRows, T, double>, s, q, a, parts,
-                   OutStrides{s.n, 1});
-  const int lanes = lanes_for(q.count);
-  launcher.threads(results * lanes, add_parts<T>, s, q.count, lanes, parts, to, strides);
+  Tensor partial = scratch(A, s.batch.count * q.count * s.m * s.n);
+  launcher.threads(threads, sum_parts<kWidth, kRows, T, double>, s, q, a,
+                   partial.mutable_data_ptr<double>(), OutStrides{s.n, 1});
+  add_parts(launcher, s.batch.count, q.count, s.m * s.n, partial,
+            PutEntry<T>{to, s.m, s.n, strides});
 }
 
 template <int kWidth, typename T>

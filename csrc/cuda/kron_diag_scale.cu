@@ -2,7 +2,7 @@
 
 #include "../kernels/kron_diag_scale.h"
 #include "../shapes.h"
-#include "launch.h"
+#include "parts.h"
 
 namespace torch_kronlik {
 namespace {
@@ -20,11 +20,16 @@ __global__ void scale_chunks(KronDiagScale k, const T* __restrict__ s, const T* 
   y += k.y_batch.offset(b) + begin * k.row_stride;
   z += (b * g.T + begin) * g.D;
   double quad = 0;
+  // Entry e is (i, j); steps of kThreads entries are made without a division.
+  const int64_t D = max(g.D, int64_t{1}), rows = kThreads / D, rest = kThreads % D;
+  int64_t i = threadIdx.x / D, j = threadIdx.x % D;
   for (int64_t e = threadIdx.x; e < g.chunk_size(chunk) * g.D; e += kThreads) {
-    const int64_t i = e / g.D, j = e % g.D;
     quad += scale_entry(static_cast<double>(s[i * g.s_stride]),
                         static_cast<double>(lam[j * g.lam_stride]),
                         y[i * k.row_stride + j * k.col_stride], z + e);
+    const bool carry = j + rest >= D;
+    i += rows + carry;
+    j += rest - (carry ? D : 0);
   }
   quad = block_sum(quad);
   if (threadIdx.x == 0) partial[item] = quad;
@@ -43,8 +48,8 @@ std::tuple<Tensor, Tensor> kron_diag_scale(const Tensor& s, const Tensor& lam, c
     launcher.blocks(count * chunks, scale_chunks<T>, k, s.const_data_ptr<T>(),
                     lam.const_data_ptr<T>(), Y.const_data_ptr<T>(), Z.mutable_data_ptr<T>(),
                     partial.mutable_data_ptr<double>());
-    launcher.blocks(count, sum_rows<T>, partial.const_data_ptr<double>(), chunks,
-                    inv_quad.mutable_data_ptr<T>());
+    add_parts(launcher, count, chunks, 1, partial,
+              PutInOrder<T>{inv_quad.mutable_data_ptr<T>(), 1});
   });
   return {Z, inv_quad};
 }

@@ -2,7 +2,7 @@
 
 #include "../kernels/kron_diag_sums.h"
 #include "../shapes.h"
-#include "launch.h"
+#include "parts.h"
 
 namespace torch_kronlik {
 namespace {
@@ -23,22 +23,20 @@ __global__ void column_chunks(KronDiag g, int64_t items, const T* __restrict__ s
   to[2 * g.D] = sums.log[0];
 }
 
-// One thread for each column adds its chunks in order; logs (batch, D) waits for its own sum.
+// The sums of one column; logs (batch, D) waits for its own sum.
 template <typename T>
-__global__ void add_chunks(KronDiag g, int64_t items, const double* __restrict__ partial,
-                           T* __restrict__ col_sum_s, T* __restrict__ col_sum_1,
-                           double* __restrict__ logs) {
-  const int64_t item = thread_index();
-  if (item >= items) return;
-  const int64_t j = item % g.D, b = item / g.D, chunks = g.chunks();
-  double total[3] = {};
-  for (int64_t c = 0; c < chunks; ++c) {
-    for (int q = 0; q < 3; ++q) total[q] += partial[((b * chunks + c) * 3 + q) * g.D + j];
+struct PutColumn {
+  int64_t D;
+  T *col_sum_s, *col_sum_1;
+  double* logs;
+
+  __device__ void operator()(int64_t b, int64_t entry, double total) const {
+    const int64_t which = entry / D, at = b * D + entry % D;
+    if (which == 0) col_sum_s[at] = static_cast<T>(total);
+    if (which == 1) col_sum_1[at] = static_cast<T>(total);
+    if (which == 2) logs[at] = total;
   }
-  col_sum_s[item] = static_cast<T>(total[0]);
-  col_sum_1[item] = static_cast<T>(total[1]);
-  logs[item] = total[2];
-}
+};
 
 // One thread for each row.
 template <typename T>
@@ -70,11 +68,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kron_diag_sums(const Tensor& s, const
     const int64_t pieces = count * g.chunks() * g.D;
     launcher.threads(pieces, column_chunks<T>, g, pieces, s_data, lam_data,
                      partial.mutable_data_ptr<double>());
-    launcher.threads(count * g.D, add_chunks<T>, g, count * g.D, partial.const_data_ptr<double>(),
-                     col_sum_s.mutable_data_ptr<T>(), col_sum_1.mutable_data_ptr<T>(),
-                     logs.mutable_data_ptr<double>());
-    launcher.blocks(count, sum_rows<T>, logs.const_data_ptr<double>(), g.D,
-                    logdet.mutable_data_ptr<T>());
+    add_parts(launcher, count, g.chunks(), 3 * g.D, partial,
+              PutColumn<T>{g.D, col_sum_s.mutable_data_ptr<T>(), col_sum_1.mutable_data_ptr<T>(),
+                           logs.mutable_data_ptr<double>()});
+    add_parts(launcher, count, g.D, 1, logs, PutInOrder<T>{logdet.mutable_data_ptr<T>(), 1});
     launcher.threads(count * g.T, rows<T>, g, count * g.T, s_data, lam_data,
                      row_sum.mutable_data_ptr<T>());
   });

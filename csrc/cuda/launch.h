@@ -74,13 +74,4 @@ __device__ __forceinline__ double block_sum(double value, int width = 1) {
   return shared[threadIdx.x];
 }
 
-// out[b] = Σ of values (count, n), row b by block b.
-template <typename T>
-__global__ void sum_rows(const double* __restrict__ values, int64_t n, T* __restrict__ out) {
-  double total = 0;
-  for (int64_t i = threadIdx.x; i < n; i += kThreads) total += values[blockIdx.x * n + i];
-  total = block_sum(total);
-  if (threadIdx.x == 0) out[blockIdx.x] = static_cast<T>(total);
-}
-
 }  // namespace torch_kronlik
