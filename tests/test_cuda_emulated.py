@@ -329,30 +329,34 @@ def test_small_nll_finds_the_same_faults_as_on_the_cpu(noise: str, dtype: torch.
 
 
 def check_whitened(K: Tensor, Sigma: Tensor | None, log_noise: Tensor | None) -> None:
-    """As the CPU kernel has it: the two share their formula and differ in libm at most."""
+    """RᵀΣR = I and RᵀKR = Diag(λ), λ ascending; numbers that are unique as on the CPU."""
     noise = log_noise if Sigma is None else Sigma
     given = (K, noise, Sigma is not None)
-    found, expected = ops.whiten_small(*given), cpu("whiten_small")(*given)
-    assert torch.equal(found[3], expected[3])
-    for x, y in zip(found[:3], expected[:3], strict=True):
+    (lam, R, *found), (cpu_lam, _, *expected) = (
+        ops.whiten_small(*given),
+        cpu("whiten_small")(*given),
+    )
+    for x, y in zip((lam, *found), (cpu_lam, *expected), strict=True):
         torch.testing.assert_close(x, y)
+    assert bool((lam.diff() >= 0).all())
+    rounding = 100 * K.shape[-1] * torch.finfo(K.dtype).eps
+    S, K, R, lam = (x.double() for x in (dense_noise(Sigma, log_noise), K, R, lam))
+    eye = torch.eye(K.shape[-1], dtype=torch.float64)
+    torch.testing.assert_close(R.mT @ S @ R, eye.expand(R.shape), rtol=0, atol=rounding)
+    left = (R.mT @ K @ R - torch.diag_embed(lam)).abs()
+    assert bool((left <= rounding * lam.abs().amax(-1)[..., None, None]).all())
 
 
 @each_noise
-@pytest.mark.parametrize("D", [1, 3, 4, 8, 16])
+@pytest.mark.parametrize("D", [1, 2, 3, 4, 7, 8, 15, 16])
 def test_whiten_small(D: int, noise: str, dtype: torch.dtype) -> None:
-    K, Sigma, log_noise = arguments(D, noise, batch=(70,), dtype=dtype)
-    check_whitened(K, Sigma, log_noise)
-    lam, R, logdet, status = ops.whiten_small(
-        K, log_noise if Sigma is None else Sigma, Sigma is not None
-    )
-    S, R = dense_noise(Sigma, log_noise).double(), R.double()
-    assert not status.any()
-    rounding = 100 * D * torch.finfo(dtype).eps
-    eye = torch.eye(D, dtype=torch.float64).expand(70, D, D)
-    torch.testing.assert_close(R.mT @ S @ R, eye, rtol=0, atol=rounding)
-    check_close(logdet, torch.logdet(S), dims=0, floor=float(D))
-    assert bool((lam.diff() >= 0).all())
+    check_whitened(*arguments(D, noise, batch=(20,), dtype=dtype))
+
+
+@each_noise
+@pytest.mark.parametrize("kind", ["rank_one_K", "zero_K", "identity"])
+def test_whiten_small_of_singular_and_equal(kind: str, noise: str, dtype: torch.dtype) -> None:
+    check_whitened(*arguments(6, noise, kind=kind, batch=(3,), dtype=dtype))
 
 
 @each_noise

@@ -206,22 +206,28 @@ struct WhitenSmall {
   }
 };
 
-// λ (D) ascending and R (D×D), its columns in the same order; a number that the dtype of the result
-// cannot hold is not finite.
+// λ_j and column j of R to where they belong in ascending order of λ; whether the dtype of the
+// result can hold them.
+template <typename T>
+KRON_HD bool store_ascending(const Whitened& from, int D, int j, T* lam, T* R) {
+  int at = 0;
+  for (int k = 0; k < D; ++k) {
+    at += from.lam[k] < from.lam[j] || (from.lam[k] == from.lam[j] && k < j);
+  }
+  lam[at] = static_cast<T>(from.lam[j]);
+  bool finite = std::isfinite(lam[at]);
+  for (int i = 0; i < D; ++i) {
+    R[i * D + at] = static_cast<T>(from.R[i * D + j]);
+    finite = finite && std::isfinite(R[i * D + at]);
+  }
+  return finite;
+}
+
+// All of them.
 template <typename T>
 KRON_HD SmallStatus store_ascending(const Whitened& from, int D, T* lam, T* R) {
   for (int j = 0; j < D; ++j) {
-    int at = 0;
-    for (int k = 0; k < D; ++k) {
-      at += from.lam[k] < from.lam[j] || (from.lam[k] == from.lam[j] && k < j);
-    }
-    lam[at] = static_cast<T>(from.lam[j]);
-    bool finite = std::isfinite(lam[at]);
-    for (int i = 0; i < D; ++i) {
-      R[i * D + at] = static_cast<T>(from.R[i * D + j]);
-      finite = finite && std::isfinite(R[i * D + at]);
-    }
-    if (!finite) return kNotFinite;
+    if (!store_ascending(from, D, j, lam, R)) return kNotFinite;
   }
   return kFine;
 }
