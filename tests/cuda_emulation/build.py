@@ -28,8 +28,10 @@ FLAGS = [
     # longjmp changes stacks, which the fortified one takes for an error
     "-U_FORTIFY_SOURCE",
 ]
-# Reported by the emulator: vector loads from addresses that are not aligned, indices of arrays.
-CHECKS = ["-fsanitize=alignment,bounds"]
+# Reported by the emulator: vector loads from addresses that are not aligned, indices of arrays out
+# of bounds, and all accesses to memory, among which it looks for races.
+CHECKS = ["-fsanitize=alignment,bounds", "-fsanitize=thread"]
+EMULATOR = [HERE / "emulator.cpp", HERE / "races.cpp"]
 NOT_A_KERNEL = {"build_info.cu"}
 
 
@@ -39,13 +41,12 @@ def compiler() -> str | None:
 
 def sources() -> list[Path]:
     kernels = sorted(p for p in CSRC.glob("cuda/*.cu") if p.name not in NOT_A_KERNEL)
-    return [CSRC / "ops.cpp", *kernels, HERE / "self_test.cu", HERE / "emulator.cpp"]
+    return [CSRC / "ops.cpp", *kernels, HERE / "self_test.cu", *EMULATOR]
 
 
 def compile_one(source: Path, target: Path) -> Path:
     include = [f"-I{HERE}", *(f"-isystem{path}" for path in cpp_extension.include_paths())]
-    own = source.name == "emulator.cpp"
-    flags = FLAGS if own else [*FLAGS, *CHECKS, "-include", "registration.h"]
+    flags = FLAGS if source in EMULATOR else [*FLAGS, *CHECKS, "-include", "registration.h"]
     subprocess.run(
         [compiler() or "c++", "-x", "c++", *flags, *include, "-c", str(source), "-o", str(target)],
         check=True,

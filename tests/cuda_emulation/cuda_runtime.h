@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <string>
 
 #define __global__
 #define __device__
@@ -54,7 +55,9 @@ cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void(
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {
-  return emulation::run_grid(*config, [&] { kernel(args...); });
+  // The arguments that every thread copies are no concern of the search for races.
+  return emulation::run_grid(*config,
+                             [&]() __attribute__((no_sanitize("thread"))) { kernel(args...); });
 }
 
 // --- where threads meet --------------------------------------------------------------------------
@@ -70,7 +73,7 @@ void barrier(Site site);
 // The lanes of mask meet; gives what each of them offered.
 const uint64_t* gather(unsigned mask, uint64_t offered, Site site);
 int lane();
-[[noreturn]] void fail(const char* what, Site site);
+[[noreturn]] void fail(const std::string& what, Site site);
 
 // What lane `source` offers, or this lane's own value where the source is outside of its segment.
 template <typename T>

@@ -1,6 +1,7 @@
 // Runs kernels block by block, the threads of a block as fibers: each runs until it has to wait
-// for others, and all of them before any goes on. A thread that goes on too early, for lack of a
-// barrier, sees what the others have not written yet in one of the two orders, forward or backward.
+// for others, and all of them before any goes on. So a thread that goes on too early, for lack of a
+// barrier, sees in one of the two orders, forward or backward, what it should not; and every access
+// to memory is looked at for races, see races.cpp.
 
 #include <dlfcn.h>
 #include <link.h>
@@ -15,6 +16,7 @@
 #include <string>
 
 #include "cuda_runtime.h"
+#include "races.h"
 
 dim3 gridDim, blockDim, blockIdx, threadIdx;
 
@@ -40,6 +42,7 @@ std::deque<Fiber> fibers;  // that have been started, thread by thread
 Fiber* current = nullptr;
 const std::function<void()>* kernel = nullptr;
 jmp_buf scheduler;
+unsigned block_step = 0, warp_steps[32] = {};  // barriers passed in this block, by each warp
 
 // --- fibers: set up by ucontext once, changed by longjmp, which makes no system call -------------
 
@@ -76,21 +79,31 @@ __attribute__((noinline)) void resume(Fiber& fiber) {
 
 thread_local volatile char anchor;  // touched so that this library has its thread-local memory
 
-int poison_own(dl_phdr_info* info, size_t, void* own_base) {
+struct Memory {
+  char* begin = nullptr;
+  size_t size = 0;
+
+  bool has(const void* p) const {
+    return static_cast<const char*>(p) >= begin && static_cast<const char*>(p) < begin + size;
+  }
+} shared_memory;
+
+int find_own(dl_phdr_info* info, size_t, void* own_base) {
   if (reinterpret_cast<void*>(info->dlpi_addr) != own_base) return 0;
   for (int k = 0; k < info->dlpi_phnum; ++k) {
     const auto& header = info->dlpi_phdr[k];
-    // Every number is then a NaN, every index far outside.
-    if (header.p_type == PT_TLS) std::memset(info->dlpi_tls_data, 0xff, header.p_memsz);
+    if (header.p_type == PT_TLS) {
+      shared_memory = {static_cast<char*>(info->dlpi_tls_data), header.p_memsz};
+    }
   }
   return 1;
 }
 
-void poison_shared_memory() {
+void find_shared_memory() {
   anchor = 1;
   Dl_info own;
-  dladdr(reinterpret_cast<void*>(&poison_shared_memory), &own);
-  dl_iterate_phdr(poison_own, own.dli_fbase);
+  dladdr(reinterpret_cast<void*>(&find_shared_memory), &own);
+  dl_iterate_phdr(find_own, own.dli_fbase);
 }
 
 // --- who may go on -------------------------------------------------------------------------------
@@ -125,6 +138,7 @@ bool release_lanes(size_t warp, size_t threads) {
     });
     if (!all) return;
     released = true;
+    ++warp_steps[warp];
     for_lanes(warp, first.mask, threads, [&](size_t, Fiber& other) {
       std::memcpy(other.received, offered, sizeof(offered));
       other.wait = Wait::Nothing;
@@ -147,6 +161,7 @@ void release_block(size_t threads) {
   }
   if (fibers[0].wait == Wait::Lanes)
     error = description(fibers[0], 0) + " for lanes that are not there";
+  ++block_step;
   for (size_t t = 0; t < threads; ++t) fibers[t].wait = Wait::Nothing;
 }
 
@@ -164,8 +179,15 @@ bool all_returned(size_t threads) {
 }
 
 void run_block(size_t threads) {
-  poison_shared_memory();
-  for (size_t t = 0; t < threads; ++t) fibers[t].wait = Wait::Nothing;
+  // Every number is then a NaN, every index far outside.
+  std::memset(shared_memory.begin, 0xff, shared_memory.size);
+  forget_shared_accesses();
+  block_step = 0;
+  std::fill(warp_steps, warp_steps + 32, 0);
+  for (size_t t = 0; t < threads; ++t) {
+    fibers[t].wait = Wait::Nothing;
+    fibers[t].site = {"start", 0};
+  }
   for (;;) {
     for (size_t k = 0; k < threads; ++k) {
       const size_t t = backward ? threads - 1 - k : k;
@@ -185,6 +207,8 @@ void run_block(size_t threads) {
 cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> lock(mutex);
   error.clear();
+  find_shared_memory();
+  forget_all_accesses();
   kernel = &thread;
   gridDim = config.gridDim;
   blockDim = config.blockDim;
@@ -219,9 +243,21 @@ const uint64_t* gather(unsigned mask, uint64_t offered, Site site) {
   return current->received;
 }
 
+void accessed(const void* address, size_t bytes, bool write) {
+  if (current == nullptr || Memory{current->stack.get(), kStack}.has(address)) return;
+  const unsigned t = threadIdx.x;
+  const bool shared = shared_memory.has(address);
+  const int64_t other =
+      racing_thread({blockIdx.x, t, block_step, warp_steps[t / 32]}, address, bytes, shared, write);
+  if (other < 0) return;
+  const std::string where = shared ? "shared memory" : "global memory";
+  fail("a race with thread " + std::to_string(other) + " for " + where + ", after the barrier",
+       current->site);
+}
+
 int lane() { return static_cast<int>(threadIdx.x % 32); }
 
-void fail(const char* what, Site site) {
+void fail(const std::string& what, Site site) {
   const std::string message =
       what + (" at " + place(site)) + ", thread " + std::to_string(threadIdx.x);
   if (current == nullptr) throw std::runtime_error(message);

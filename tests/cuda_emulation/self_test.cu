@@ -39,6 +39,23 @@ __global__ void no_barrier(const double* __restrict__ x, double* __restrict__ ou
   out[threadIdx.x] = line[blockDim.x - 1 - threadIdx.x];
 }
 
+// A warp's barrier is none for threads of another one.
+__global__ void warp_barrier(const double* __restrict__ x, double* __restrict__ out) {
+  __shared__ double line[kThreads];
+  line[threadIdx.x] = x[threadIdx.x];
+  __syncwarp();
+  out[threadIdx.x] = line[threadIdx.x ^ 1];
+  __syncwarp();
+  line[threadIdx.x] = line[blockDim.x - 1 - threadIdx.x];
+}
+
+__global__ void overwritten_too_early(const double* __restrict__ x, double* __restrict__ out) {
+  out[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  const double other = out[threadIdx.x ^ 1];
+  out[threadIdx.x] = other;
+}
+
 __global__ void returns_early(const double* __restrict__ x, double* __restrict__ out) {
   if (threadIdx.x == 7) return;
   __syncthreads();
@@ -69,6 +86,7 @@ __global__ void not_aligned(const double* __restrict__ x, double* __restrict__ o
 __global__ void past_the_end(const double* __restrict__ x, double* __restrict__ out) {
   __shared__ double line[16];
   line[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
   out[threadIdx.x] = line[0];
 }
 
@@ -82,9 +100,17 @@ __global__ void not_written(const double* __restrict__ x, double* __restrict__ o
 using Kernel = void (*)(const double*, double*);
 
 const std::pair<const char*, Kernel> kKernels[] = {
-    {"shuffles", shuffles},           {"reversed", reversed},         {"no_barrier", no_barrier},
-    {"returns_early", returns_early}, {"two_barriers", two_barriers}, {"absent_lane", absent_lane},
-    {"not_aligned", not_aligned},     {"past_the_end", past_the_end}, {"not_written", not_written},
+    {"shuffles", shuffles},
+    {"reversed", reversed},
+    {"no_barrier", no_barrier},
+    {"warp_barrier", warp_barrier},
+    {"overwritten_too_early", overwritten_too_early},
+    {"returns_early", returns_early},
+    {"two_barriers", two_barriers},
+    {"absent_lane", absent_lane},
+    {"not_aligned", not_aligned},
+    {"past_the_end", past_the_end},
+    {"not_written", not_written},
 };
 
 // `values` numbers from each thread of one block.
