@@ -141,6 +141,14 @@ def test_block_diag_sum_of_views(view: str, dtype: torch.dtype) -> None:
     check_close(ops.block_diag_sum(A, 2), blocks.loop(A, 2), floor=1.0)
 
 
+@pytest.mark.parametrize("pitch", [(192, 16), (193, 16), (12 * 19, 19)])
+def test_block_diag_sum_where_rows_or_matrices_are_not_aligned(
+    pitch: tuple[int, int], dtype: torch.dtype
+) -> None:
+    A = torch.randn(3 * 12 * 20, dtype=dtype).as_strided((3, 12, 16), (*pitch, 1))
+    check_close(ops.block_diag_sum(A, 2), blocks.loop(A, 2), floor=1.0)
+
+
 def compact(p: int, m: int, n: int, dtype: torch.dtype) -> Tensor:
     """(p·m, p·n) in little memory: entries off the diagonal blocks share it with those on them.
 

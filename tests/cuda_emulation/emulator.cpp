@@ -159,8 +159,6 @@ void release_block(size_t threads) {
     error = description(fibers[0], 0) + ", but " + description(fibers[t], t);
     return;
   }
-  if (fibers[0].wait == Wait::Lanes)
-    error = description(fibers[0], 0) + " for lanes that are not there";
   ++block_step;
   for (size_t t = 0; t < threads; ++t) fibers[t].wait = Wait::Nothing;
 }
