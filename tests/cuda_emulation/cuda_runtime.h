@@ -46,18 +46,18 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
+cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t);
 
 namespace emulation {
-cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
+void run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
 }
 
 template <typename... Params, typename... Args>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
-                               Args&&... args) {
+void cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                        Args&&... args) {
   // The arguments that every thread copies are no concern of the search for races.
-  return emulation::run_grid(*config,
-                             [&]() __attribute__((no_sanitize("thread"))) { kernel(args...); });
+  emulation::run_grid(*config, [&]() __attribute__((no_sanitize("thread"))) { kernel(args...); });
 }
 
 // --- where threads meet --------------------------------------------------------------------------

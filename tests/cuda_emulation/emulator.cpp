@@ -202,7 +202,7 @@ void run_block(size_t threads) {
 
 }  // namespace
 
-cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
+void run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> lock(mutex);
   error.clear();
   find_shared_memory();
@@ -219,10 +219,9 @@ cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void(
     run_block(blockDim.x);
   }
   current = nullptr;
-  if (error.empty()) return cudaSuccess;
+  if (error.empty()) return;
   error += " (block " + std::to_string(blockIdx.x) + ")";
   fibers.clear();  // some are in the middle of a kernel
-  return cudaErrorLaunchFailure;
 }
 
 void barrier(Site site) {
@@ -264,6 +263,10 @@ void fail(const std::string& what, Site site) {
 }
 
 }  // namespace emulation
+
+cudaError_t cudaGetLastError() {
+  return emulation::error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+}
 
 const char* cudaGetErrorString(cudaError_t) { return emulation::error.c_str(); }
 
