@@ -20,6 +20,7 @@ HOST = [
     "-Wall",
     "-Wextra",
     "-fvisibility=hidden",
+    "-fno-math-errno",  # square roots in vectors
     # Error messages name the source file: relative to the project, not to the build machine.
     f"-ffile-prefix-map={ROOT.resolve()}/=",
 ]

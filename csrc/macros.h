@@ -19,3 +19,10 @@
 #define KRON_HAS_CLONES 0
 #define KRON_CLONES
 #endif
+
+// KRON_FLATTEN: all calls are inlined, so that with KRON_CLONES they are part of its clones.
+#if defined(__GNUC__) && !defined(__CUDACC__)
+#define KRON_FLATTEN __attribute__((flatten))
+#else
+#define KRON_FLATTEN
+#endif
