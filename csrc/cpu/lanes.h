@@ -1,9 +1,9 @@
 #pragma once
 
 // Linear algebra on several small symmetric positive definite matrices at once, one in each lane of
-// a vector. A lower triangle is stored in 4×4 tiles, tile row by tile row and each tile by columns,
-// so that the columns of a tile row lie side by side; what a size lacks to a multiple of four are
-// rows of the identity.
+// a vector. Lower triangles are stored in 4×4 tiles, and what a size lacks to a multiple of four
+// are rows of the identity. C and L: tile row by tile row, each tile by columns. L⁻¹: tile column
+// by tile column, each tile by rows. So all sums run along two panels, four entries by four.
 
 #include <cmath>
 #include <cstdint>
@@ -56,6 +56,9 @@ constexpr int64_t padded(int64_t n) { return tiles_of(n) * kTile; }
 // Where tile (I, J), J ≤ I, starts; with tile_at(N, 0) entries N tile rows are stored.
 constexpr int64_t tile_at(int64_t I, int64_t J) { return (I * (I + 1) / 2 + J) * kTileSize; }
 
+// The same in storage by tile columns, of which there are N.
+constexpr int64_t column_at(int64_t J, int64_t N) { return (J * N - J * (J - 1) / 2) * kTileSize; }
+
 // Where the entry (i, k), k ≤ i, is.
 constexpr int64_t entry_at(int64_t i, int64_t k) {
   return tile_at(i / kTile, k / kTile) + k % kTile * kTile + i % kTile;
@@ -69,17 +72,19 @@ constexpr int kColumns = sizeof(V) == 64 ? 4 : 2;
 template <typename V>
 using Columns = V[kTile][kColumns<V>];
 
-// sum_rc += Σ_q a_rq b_cq over a tile each, with the strides of a's r and q, b's c and q.
-template <int kAr, int kAq, int kBc, int kBq, typename V>
-KRON_HD void add_product(V (&sum)[kTile][kColumns<V>], const V* a, const V* b) {
+// x_rc = Σ_q a_qr b_qc over panels of so many tiles.
+template <typename V>
+KRON_HD void multiply_panels(const V* a, const V* b, int64_t tiles, V (&x)[kTile][kColumns<V>]) {
 #pragma GCC unroll 4
-  for (int q = 0; q < kTile; ++q) {
+  for (int r = 0; r < kTile; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns<V>; ++c) x[r][c] = V{};
+  }
+  for (int64_t q = 0; q < tiles * kTileSize; q += kTile) {
 #pragma GCC unroll 4
     for (int r = 0; r < kTile; ++r) {
 #pragma GCC unroll 4
-      for (int c = 0; c < kColumns<V>; ++c) {
-        sum[r][c] += a[r * kAr + q * kAq] * b[c * kBc + q * kBq];
-      }
+      for (int c = 0; c < kColumns<V>; ++c) x[r][c] += a[q + r] * b[q + c];
     }
   }
 }
@@ -122,18 +127,16 @@ template <typename V>
 KRON_HD void cholesky(V* C, int64_t N) {
   for (int64_t I = 0; I < N; ++I) {
     for (int64_t J = 0; J <= I; ++J) {
-      V* own = C + tile_at(I, J);
       for (int r0 = 0; r0 < kTile; r0 += kColumns<V>) {
-        Columns<V> x = {};  // transposed: rows of the tile are columns of x
-        for (int64_t q = 0; q < J; ++q) {
-          add_product<1, 4, 1, 4>(x, C + tile_at(J, q), C + tile_at(I, q) + r0);
-        }
+        V* own = C + tile_at(I, J) + r0;
+        Columns<V> x;  // L_IJ's transpose
+        multiply_panels(C + tile_at(J, 0), C + tile_at(I, 0) + r0, J, x);
         for (int c = 0; c < kTile; ++c) {
-          for (int r = 0; r < kColumns<V>; ++r) x[c][r] = own[c * kTile + r0 + r] - x[c][r];
+          for (int r = 0; r < kColumns<V>; ++r) x[c][r] = own[c * kTile + r] - x[c][r];
         }
         if (J < I) solve_tile(C + tile_at(J, J), x);
         for (int c = 0; c < kTile; ++c) {
-          for (int r = 0; r < kColumns<V>; ++r) own[c * kTile + r0 + r] = x[c][r];
+          for (int r = 0; r < kColumns<V>; ++r) own[c * kTile + r] = x[c][r];
         }
       }
     }
@@ -141,49 +144,44 @@ KRON_HD void cholesky(V* C, int64_t N) {
   }
 }
 
-// L -> L⁻¹ in place: X_IJ = L_II⁻¹ (δ_IJ - Σ_{J≤K<I} L_IK X_KJ).
+// X = L⁻¹: X_IJ = L_II⁻¹ (δ_IJ - Σ_{J≤K<I} L_IK X_KJ).
 template <typename V>
-KRON_HD void invert(V* C, int64_t N) {
-  for (int64_t I = 0; I < N; ++I) {
-    for (int64_t J = 0; J <= I; ++J) {
-      V found[kTileSize];  // L_IJ is read until the whole of X_IJ is known
+KRON_HD void invert(const V* L, int64_t N, V* X) {
+  for (int64_t J = 0; J < N; ++J) {
+    V* column = X + column_at(J, N);
+    for (int64_t I = J; I < N; ++I) {
       for (int c0 = 0; c0 < kTile; c0 += kColumns<V>) {
-        Columns<V> x = {};
-        for (int64_t K = J; K < I; ++K) {
-          add_product<1, 4, 4, 1>(x, C + tile_at(I, K), C + tile_at(K, J) + c0 * kTile);
-        }
+        V* own = column + (I - J) * kTileSize + c0;
+        Columns<V> x;
+        multiply_panels(L + tile_at(I, J), column + c0, I - J, x);
         for (int r = 0; r < kTile; ++r) {
           for (int c = 0; c < kColumns<V>; ++c) {
             x[r][c] = (I == J && r == c0 + c ? V{} + 1 : V{}) - x[r][c];
           }
         }
-        solve_tile(C + tile_at(I, I), x);
+        solve_tile(L + tile_at(I, I), x);
         for (int r = 0; r < kTile; ++r) {
-          for (int c = 0; c < kColumns<V>; ++c) found[(c0 + c) * kTile + r] = x[r][c];
+          for (int c = 0; c < kColumns<V>; ++c) own[r * kTile + c] = x[r][c];
         }
       }
-      for (int e = 0; e < kTileSize; ++e) C[tile_at(I, J) + e] = found[e];
     }
   }
 }
 
-// X -> XᵀX in place for a lower triangular X, tiles on the diagonal in full: the tiles of row I are
-// last read for that row, X_II for its last tile.
+// C = XᵀX for X = L⁻¹, its tiles on the diagonal in full.
 template <typename V>
-KRON_HD void gram(V* C, int64_t N) {
+KRON_HD void gram(const V* X, int64_t N, V* C) {
   for (int64_t I = 0; I < N; ++I) {
     for (int64_t J = 0; J <= I; ++J) {
-      V found[kTileSize];
+      const V* other = X + column_at(J, N) + (I - J) * kTileSize;
       for (int c0 = 0; c0 < kTile; c0 += kColumns<V>) {
-        Columns<V> x = {};
-        for (int64_t K = I; K < N; ++K) {
-          add_product<4, 1, 4, 1>(x, C + tile_at(K, I), C + tile_at(K, J) + c0 * kTile);
-        }
+        V* own = C + tile_at(I, J) + c0 * kTile;
+        Columns<V> x;
+        multiply_panels(X + column_at(I, N), other + c0, N - I, x);
         for (int r = 0; r < kTile; ++r) {
-          for (int c = 0; c < kColumns<V>; ++c) found[(c0 + c) * kTile + r] = x[r][c];
+          for (int c = 0; c < kColumns<V>; ++c) own[c * kTile + r] = x[r][c];
         }
       }
-      for (int e = 0; e < kTileSize; ++e) C[tile_at(I, J) + e] = found[e];
     }
   }
 }
@@ -207,17 +205,14 @@ KRON_HD void substitute(const V* C, V* w, int64_t N) {
   }
 }
 
-// x = L⁻ᵀ w, with L⁻¹ in C.
+// x = Xᵀ w for X = L⁻¹.
 template <typename V>
-KRON_HD void back_multiply(const V* C, const V* w, V* x, int64_t N) {
+KRON_HD void back_multiply(const V* X, const V* w, V* x, int64_t N) {
   for (int64_t J = 0; J < N; ++J) {
+    const V* column = X + column_at(J, N);
     V sum[kTile] = {};
-    for (int64_t I = J; I < N; ++I) {
-      for (int r = 0; r < kTile; ++r) {
-        for (int c = 0; c < kTile; ++c) {
-          sum[c] += C[tile_at(I, J) + c * kTile + r] * w[I * kTile + r];
-        }
-      }
+    for (int64_t q = 0; q < (N - J) * kTile; ++q) {
+      for (int c = 0; c < kTile; ++c) sum[c] += column[q * kTile + c] * w[J * kTile + q];
     }
     for (int c = 0; c < kTile; ++c) x[J * kTile + c] = sum[c];
   }

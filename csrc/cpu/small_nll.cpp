@@ -36,6 +36,7 @@ class Worker {
  public:
   using V = typename LanesOf<T, kBytes>::type;
   static constexpr int kLanes = kBytes / sizeof(T);
+  using Wide = typename LanesOf<double, kLanes * sizeof(double)>::type;
 
   Worker(const SmallNll& s, const SmallTensors<T>& t, bool gradients, const Grouping& grouping)
       : s_(s),
@@ -45,6 +46,7 @@ class Worker {
         N_(tiles_of(s.T)),
         M_(tile_at(N_, 0)),
         C_(tile_at(N_, 0)),
+        X_(gradients ? tile_at(N_, 0) : 0),
         G_(gradients ? tile_at(N_, 0) : 0),
         w_(padded(s.T)),
         x_(padded(s.T)),
@@ -62,8 +64,7 @@ class Worker {
     for (int64_t p = 0; p < count_; ++p) {
       store_value(s_, t_, first + p, problems_[p]);
       if (gradients_)
-        store_gradients(s_, t_, first + p, problems_[p], reinterpret_cast<T*>(G_.data()) + p,
-                        kLanes);
+        store_gradients(s_, t_, first + p, problems_[p], reinterpret_cast<T*>(&G_[0]) + p, kLanes);
     }
   }
 
@@ -77,16 +78,23 @@ class Worker {
 
   // M of one problem in its lanes; of the first in all of them, so that none is empty.
   void load_M(int64_t p) {
-    const int64_t n = padded(s_.T), width = grouping_.width;
-    V* to = M_.data();
+    if (p == 0) {
+      for_entries(p, [&](int64_t at, T entry) { M_[at] = V{} + entry; });
+      return;
+    }
+    for (int64_t l = p * grouping_.width; l < (p + 1) * grouping_.width; ++l) {
+      for_entries(p, [&](int64_t at, T entry) { M_[at][l] = entry; });
+    }
+  }
+
+  // Calls f(place, entry) for the tiles of a problem's M.
+  template <typename F>
+  void for_entries(int64_t p, const F& f) const {
+    const int64_t n = padded(s_.T);
     for (int64_t I = 0; I < N_; ++I) {
       for (int64_t J = 0; J <= I; ++J) {
         const T* m = &problems_[p].m[I * kTile * n + J * kTile];
-        for (int e = 0; e < kTileSize; ++e, ++to) {
-          const T entry = m[e % kTile * n + e / kTile];
-          if (p == 0) *to = V{} + entry;
-          for (int64_t l = p * width; l < (p + 1) * width && p > 0; ++l) (*to)[l] = entry;
-        }
+        for (int e = 0; e < kTileSize; ++e) f(tile_at(I, J) + e, m[e % kTile * n + e / kTile]);
       }
     }
   }
@@ -103,34 +111,47 @@ class Worker {
   // The columns first, …, first + width - 1 of every problem.
   void pass(int64_t first) {
     V lam = {};
-    std::fill(w_.data(), &w_[padded(s_.T)], V{});
+    std::fill(&w_[0], &w_[padded(s_.T)], V{});
     for_lanes(first, [&](int64_t l, SmallProblem<T>& p, int64_t j) {
       lam[l] = static_cast<T>(p.basis.lam[j]);
       for (int64_t i = 0; i < s_.T; ++i) {
-        w_[i][l] = static_cast<T>(p.rotated[j * N_ + i / kTile][i % kTile]);
+        w_[i][l] = static_cast<T>(p.rotated[j * padded(s_.T) + i]);
       }
     });
     for (int64_t e = 0; e < tile_at(N_, 0); ++e) C_[e] = lam * M_[e];
     for (int64_t i = 0; i < padded(s_.T); ++i) C_[entry_at(i, i)] += 1;
-    cholesky(C_.data(), N_);
-    substitute(C_.data(), w_.data(), N_);
+    cholesky(&C_[0], N_);
+    substitute(&C_[0], &w_[0], N_);
+    Wide quad = {};
+    for (int64_t i = 0; i < s_.T; ++i) {
+      const Wide w = __builtin_convertvector(w_[i], Wide);
+      quad += w * w;
+    }
     for_lanes(first, [&](int64_t l, SmallProblem<T>& p, int64_t) {
-      double logdet = 0, quad = 0;
-      for (int64_t i = 0; i < s_.T; ++i) {
-        logdet -= 2 * std::log(static_cast<double>(C_[entry_at(i, i)][l]));
-        quad += static_cast<double>(w_[i][l]) * static_cast<double>(w_[i][l]);
-      }
-      p.logdet += logdet;
-      p.quad += quad;
+      p.quad += quad[l];
+      p.logdet -= 2 * log_diagonal(l);
     });
     if (gradients_) inverses(first, lam);
   }
 
+  // The sum of the logarithms, as logarithms of products that stay in the range of doubles.
+  double log_diagonal(int64_t l) const {
+    double sum = 0, product = 1;
+    for (int64_t i = 0; i < s_.T; ++i) {
+      product *= static_cast<double>(C_[entry_at(i, i)][l]);
+      if (!(product > 1e-150 && product < 1e150)) {
+        sum += std::log(product);
+        product = 1;
+      }
+    }
+    return sum + std::log(product);
+  }
+
   void inverses(int64_t first, const V& lam) {
-    invert(C_.data(), N_);
-    back_multiply(C_.data(), w_.data(), x_.data(), N_);
-    multiply(M_.data(), x_.data(), mx_.data(), N_);
-    gram(C_.data(), N_);
+    invert(&C_[0], N_, &X_[0]);
+    back_multiply(&X_[0], &w_[0], &x_[0], N_);
+    multiply(&M_[0], &x_[0], &mx_[0], N_);
+    gram(&X_[0], N_, &C_[0]);
     double trace[kLanes] = {}, trace_M[kLanes] = {};
     for (int64_t i = 0; i < s_.T; ++i) {
       for (int l = 0; l < kLanes; ++l) trace[l] += static_cast<double>(C_[entry_at(i, i)][l]);
@@ -147,8 +168,8 @@ class Worker {
       p.trace[j] = trace[l];
       p.trace_M[j] = trace_M[l];
       for (int64_t i = 0; i < padded(s_.T); ++i) {
-        p.X[j * N_ + i / kTile][i % kTile] = static_cast<double>(x_[i][l]);
-        p.MX[j * N_ + i / kTile][i % kTile] = static_cast<double>(mx_[i][l]);
+        p.X[j * padded(s_.T) + i] = static_cast<double>(x_[i][l]);
+        p.MX[j * padded(s_.T) + i] = static_cast<double>(mx_[i][l]);
       }
     });
   }
@@ -183,8 +204,10 @@ class Worker {
   const SmallTensors<T>& t_;
   const bool gradients_;
   const Grouping grouping_;
-  const int64_t N_;             // tile rows
-  const Buffer<V> M_, C_, G_;   // C: λ_j M + I, then its factor, inverse factor, inverse
+  const int64_t N_;  // tile rows
+  // λ_j M + I, then its factor L and at last the inverse's part of the gradient; L⁻¹; 2 gM of
+  // problem p in lane p.
+  const Buffer<V> M_, C_, X_, G_;
   const Buffer<V> w_, x_, mx_;  // L⁻¹ ỹ_j, x_j, M x_j
   std::vector<SmallProblem<T>> problems_;
   int64_t count_ = 0;  // of them in this group

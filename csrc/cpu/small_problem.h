@@ -35,28 +35,33 @@ using Four = LanesOf<double, 32>::type;
 
 template <typename T>
 struct SmallProblem {
-  int64_t N;  // fours in a column
   Whitened basis;
   SmallStatus status;
   double logdet, quad;                            // Σ log det C_j, Σ ỹ_jᵀ x_j
   double trace[kMaxSmallD], trace_M[kMaxSmallD];  // tr C_j⁻¹ and tr M C_j⁻¹
   std::vector<T> m;                               // M, with zeros to whole tiles
-  Buffer<Four> Y, rotated, X, MX;                 // rotated: Y R, at last A
+  Buffer<double> Y, rotated, X, MX;               // columns; rotated: Y R, at last A
 
   SmallProblem(int64_t n, int64_t D)
-      : N(tiles_of(n)), m(padded(n) * padded(n)), Y(N * D), rotated(N * D), X(N * D), MX(N * D) {
-    std::fill(Y.data(), Y.data() + N * D, Four{});
+      : m(padded(n) * padded(n)),
+        Y(padded(n) * D),
+        rotated(padded(n) * D),
+        X(padded(n) * D),
+        MX(padded(n) * D) {
+    std::fill(&Y[0], &Y[0] + padded(n) * D, 0.0);
   }
 };
 
+inline const Four& four(const double* x) { return *reinterpret_cast<const Four*>(x); }
+
 // out_j = Σ_d r_jd in_d for columns, r with these strides.
-inline void combine(const double* r, int64_t row, int64_t col, int64_t D, int64_t N, const Four* in,
-                    Four* out) {
+inline void combine(const double* r, int64_t row, int64_t col, int64_t D, int64_t n,
+                    const double* in, double* out) {
   for (int64_t j = 0; j < D; ++j) {
-    for (int64_t I = 0; I < N; ++I) {
+    for (int64_t i = 0; i < n; i += kTile) {
       Four sum = {};
-      for (int64_t d = 0; d < D; ++d) sum += r[j * row + d * col] * in[d * N + I];
-      out[j * N + I] = sum;
+      for (int64_t d = 0; d < D; ++d) sum += r[j * row + d * col] * four(in + d * n + i);
+      reinterpret_cast<Four&>(out[j * n + i]) = sum;
     }
   }
 }
@@ -85,19 +90,19 @@ KRON_CLONES KRON_FLATTEN void load_problem(const SmallNll& s, const SmallTensors
   }
   for (int64_t i = 0; i < s.T; ++i) {
     for (int64_t d = 0; d < D; ++d) {
-      p.Y[d * p.N + i / kTile][i % kTile] = static_cast<double>(y[i * s.y_row + d * s.y_col]);
+      p.Y[d * padded(s.T) + i] = static_cast<double>(y[i * s.y_row + d * s.y_col]);
     }
   }
-  combine(p.basis.R, 1, D, D, p.N, p.Y.data(), p.rotated.data());
+  combine(p.basis.R, 1, D, D, padded(s.T), &p.Y[0], &p.rotated[0]);
 }
 
 // Diag(trace) - XᵀY for two sets of columns whose products are symmetric.
-inline void less_products(const double* trace, const Four* X, const Four* Y, int64_t D, int64_t N,
-                          double* out) {
+inline void less_products(const double* trace, const double* X, const double* Y, int64_t D,
+                          int64_t n, double* out) {
   for (int64_t j = 0; j < D; ++j) {
     for (int64_t k = 0; k <= j; ++k) {
       Four sum = {};
-      for (int64_t I = 0; I < N; ++I) sum += X[j * N + I] * Y[k * N + I];
+      for (int64_t i = 0; i < n; i += kTile) sum += four(X + j * n + i) * four(Y + k * n + i);
       out[j * D + k] = out[k * D + j] =
           (j == k ? trace[j] : 0) - ((sum[0] + sum[1]) + (sum[2] + sum[3]));
     }
@@ -134,17 +139,17 @@ KRON_CLONES KRON_FLATTEN void store_gradients(const SmallNll& s, const SmallTens
       gm[i * n + k] = gm[k * n + i] = T(0.5) * G[entry_at(i, k) * lanes];
     }
   }
-  combine(R, D, 1, D, p.N, p.X.data(), p.rotated.data());
+  combine(R, D, 1, D, padded(n), &p.X[0], &p.rotated[0]);
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t d = 0; d < D; ++d) {
-      gy[i * D + d] = static_cast<T>(p.rotated[d * p.N + i / kTile][i % kTile]);
+      gy[i * D + d] = static_cast<T>(p.rotated[d * padded(n) + i]);
     }
   }
   double S[kMaxSmallD * kMaxSmallD], root[kMaxSmallD];
   std::fill(root, root + D, 1.0);
-  less_products(p.trace_M, p.X.data(), p.MX.data(), D, p.N, S);
+  less_products(p.trace_M, &p.X[0], &p.MX[0], D, padded(n), S);
   sandwich(R, S, root, D, true, t.gk + b * D * D);
-  less_products(p.trace, p.X.data(), p.X.data(), D, p.N, S);
+  less_products(p.trace, &p.X[0], &p.X[0], D, padded(n), S);
   if (!s.full_noise) {
     // exp(s) itself may overflow.
     for (int64_t d = 0; d < D; ++d) root[d] = std::exp(0.5 * t.outputs(s, b).log_noise(d));
