@@ -125,7 +125,7 @@ inline Sizes small_batch(const Tensor& Y, const Tensor& M, const Tensor& K, cons
 }
 
 inline SmallNll small_nll_of(const Tensor& Y, const Tensor& M, const Tensor& K, const Tensor& noise,
-                             bool full_noise, const Sizes& batch) {
+                             bool full_noise, const Sizes& batch, int64_t largest_T) {
   const char* op = "small_nll";
   const int64_t core = full_noise ? 2 : 1;
   const auto stride = [](const Tensor& x, int64_t from_end) {
@@ -138,7 +138,7 @@ inline SmallNll small_nll_of(const Tensor& Y, const Tensor& M, const Tensor& K, 
   s.T = Y.size(Y.dim() - 2);
   s.D = Y.size(Y.dim() - 1);
   s.full_noise = full_noise;
-  STD_TORCH_CHECK(s.T <= kMaxSmallT && s.D >= 1 && s.D <= kMaxSmallD, op, ": too large");
+  STD_TORCH_CHECK(s.T <= largest_T && s.D >= 1 && s.D <= kMaxSmallD, op, ": too large");
   STD_TORCH_CHECK(is(M, s.T, s.T) && is(K, s.D, s.D), op, ": Y, M and K do not fit");
   STD_TORCH_CHECK(noise.size(noise.dim() - 1) == s.D, op, ": the noise does not fit");
   STD_TORCH_CHECK(!full_noise || is(noise, s.D, s.D), op, ": the noise does not fit");

@@ -94,8 +94,10 @@ def test_every_kind(kind: str, noise: str, dtype: torch.dtype) -> None:
         check(make_problem(6, 3, kind=kind, noise=noise, dtype=dtype))
 
 
-# float64 has 8 lanes and float32 has 16: D = 9 and 16 take several passes, or one exactly
+# float64 has 8 lanes and float32 has 16: D = 9 and 16 take several passes, or one exactly; tiles
+# are 4×4
 SIZES = [(0, 1), (0, 3), (1, 1), (1, 16), (2, 3), (33, 3), (64, 2), (5, 8), (7, 9), (4, 16)]
+SIZES += [(3, 2), (8, 1), (9, 4), (15, 2), (16, 5), (17, 3), (63, 2), (65, 2), (127, 1), (128, 2)]
 
 
 @each_noise
@@ -450,7 +452,7 @@ def test_without_gradients_none_are_computed(noise: str, calls: list[bool]) -> N
     assert calls == [False] * 3
 
 
-TAKEN = [(0, 1, ()), (1, 1, ()), (64, 8, ()), (64, 1, (2,)), (5, 3, (2, 3))]
+TAKEN = [(0, 1, ()), (1, 1, ()), (128, 16, ()), (128, 1, (2,)), (5, 3, (2, 3))]
 
 
 @pytest.mark.parametrize(("T", "D", "batch"), TAKEN)
@@ -464,7 +466,7 @@ def test_not_taken(calls: list[bool]) -> None:
     """Larger problems, M that several share, a constant or factorised M, a method asked for."""
     shared_M = make_problem(4, 3, batch={"Y": (2,), "M": (), "K": (), "noise": ()})
     many_K = make_problem(4, 3, batch={"Y": (), "M": (), "K": (2,), "noise": ()})
-    for p in (make_problem(65, 2), make_problem(5, 9), shared_M, many_K):
+    for p in (make_problem(129, 2), make_problem(5, 17), shared_M, many_K):
         torch.testing.assert_close(nll(p), dense(p))
     p = make_problem(4, 3)
     nll(p._replace(M=tk.symmetric_eigen(p.M)))  # type: ignore[arg-type]
@@ -537,7 +539,7 @@ MISFITS: list[tuple[dict[str, tuple[int, ...]], bool]] = [
     ({"noise": (3, 2)}, True),
     ({"noise": (2,)}, False),
     ({"Y": (3,)}, True),
-    ({"Y": (65, 3), "M": (65, 65)}, True),
+    ({"Y": (129, 3), "M": (129, 129)}, True),
     ({"Y": (4, 17), "K": (17, 17), "noise": (17,)}, False),
     ({"Y": (2, 4, 3), "M": (3, 4, 4)}, True),
 ]

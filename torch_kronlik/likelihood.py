@@ -86,9 +86,9 @@ def _is_small(U: KroneckerPlusNoise, batch: torch.Size) -> bool:
     """Whether one native call for value and gradients serves: no M shared by several problems."""
     T, D = U.event_shape
     return (
-        fits_small(T, D)
-        and U.is_fresh
+        U.is_fresh
         and isinstance(U.M, Tensor)
+        and fits_small(T, D, U.M.device.type)
         and U.M.shape[:-2] == batch
         and is_plain_eager()
     )

@@ -8,6 +8,8 @@
 namespace torch_kronlik {
 namespace {
 
+constexpr int64_t kMaxSmallT = 128;  // a thread's scratch stays in its cache
+
 // The lanes are `problems` problems times `width` columns of the whitened basis, which take
 // `passes` passes. Every sum of a problem runs over its columns in order: its bits do not depend on
 // this.
@@ -241,7 +243,7 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Results small_nll(const Tensor& Y, const Tensor& M, const Tensor& K, const Tensor& noise,
                   bool full_noise, bool gradients) {
   const Sizes batch = small_batch(Y, M, K, noise, full_noise);
-  const SmallNll s = small_nll_of(Y, M, K, noise, full_noise, batch);
+  const SmallNll s = small_nll_of(Y, M, K, noise, full_noise, batch, kMaxSmallT);
   const auto grad = [&](std::initializer_list<int64_t> core) {
     return torch::stable::new_empty(Y, gradients ? concat(batch, core) : Sizes{0});
   };

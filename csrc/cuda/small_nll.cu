@@ -9,6 +9,8 @@
 namespace torch_kronlik {
 namespace {
 
+constexpr int64_t kMaxSmallT = 64;  // the rows of a block of threads
+
 template <typename T>
 struct Pointers {
   const T *y, *m, *k, *noise;
@@ -280,7 +282,7 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Results small_nll(const Tensor& Y, const Tensor& M, const Tensor& K, const Tensor& noise,
                   bool full_noise, bool gradients) {
   const Sizes batch = small_batch(Y, M, K, noise, full_noise);
-  const SmallNll s = small_nll_of(Y, M, K, noise, full_noise, batch);
+  const SmallNll s = small_nll_of(Y, M, K, noise, full_noise, batch, kMaxSmallT);
   const int64_t count = s.y_batch.count;
   const auto grad = [&](std::initializer_list<int64_t> core) {
     return torch::stable::new_empty(Y, gradients ? concat(batch, core) : Sizes{0});

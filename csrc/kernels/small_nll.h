@@ -11,8 +11,6 @@
 
 namespace torch_kronlik {
 
-constexpr int64_t kMaxSmallT = 64;
-
 struct SmallNll {
   int64_t T, D;
   bool full_noise;
