@@ -52,4 +52,5 @@ def prefers_cholesky(method: str, T: int, nonzero: int) -> bool:
 
 def fits_small(T: int, D: int, device: str) -> bool:
     """Whether one native call for value and gradients serves best on this type of device."""
-    return T <= LARGEST_SMALL_T.get(device, -1) and D <= LARGEST_SMALL_D.get(device, -1)
+    rows, outputs = LARGEST_SMALL_T.get(device, -1), LARGEST_SMALL_D.get(device, -1)
+    return rows >= T and outputs >= D
