@@ -207,8 +207,7 @@ class Worker {
   const bool gradients_;
   const Grouping grouping_;
   const int64_t N_;  // tile rows
-  // λ_j M + I, then its factor L and at last the inverse's part of the gradient; L⁻¹; 2 gM of
-  // problem p in lane p.
+  // C: λ_j M + I, then L, at last λ_j (C_j⁻¹ - x_j x_jᵀ). X: L⁻¹. G: 2 gM of problem p in lane p.
   const Buffer<V> M_, C_, X_, G_;
   const Buffer<V> w_, x_, mx_;  // L⁻¹ ỹ_j, x_j, M x_j
   std::vector<SmallProblem<T>> problems_;
