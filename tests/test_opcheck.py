@@ -69,7 +69,7 @@ def use_everything(p: Problem, method: str) -> None:
         jvp(value, tuple(leaves(p).values()), tangents)
     tk.KroneckerPlusNoise(p.M, p.K, **p.noise, method=method).sample()
     pair = tk.symmetric_eigen(p.M)
-    tk.KroneckerPlusNoise(pair, p.K, **p.noise, method=method).sample()
+    tk.KroneckerPlusNoise(pair, p.K, **p.noise).sample()
     cross, test = p.M[..., :1, :], p.M[..., :1, :1] + 1
     tk.condition(p.Y, p.M, p.K, cross, test, **p.noise, method=method).rsample((2,))
     twice(p, method)
