@@ -90,6 +90,7 @@ def test_shared_memory() -> None:
 FAULTS = {
     "no_barrier": r"a race with thread \d+ for shared memory",
     "warp_barrier": r"a race with thread \d+ for shared memory, after the barrier at self_test.cu",
+    "shuffle_as_barrier": r"a race with thread \d+ for shared memory",
     "overwritten_too_early": r"a race with thread \d+ for global memory",
     "returns_early": "thread 7 has returned",
     "two_barriers": r"thread 0 waits at self_test.cu:\d+, but thread 32 waits at self_test.cu",

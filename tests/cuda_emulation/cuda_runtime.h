@@ -71,7 +71,7 @@ struct Site {
 
 void barrier(Site site);
 // The lanes of mask meet; gives what each of them offered.
-const uint64_t* gather(unsigned mask, uint64_t offered, Site site);
+const uint64_t* gather(unsigned mask, uint64_t offered, Site site, bool orders_memory = false);
 int lane();
 [[noreturn]] void fail(const std::string& what, Site site);
 
@@ -95,7 +95,7 @@ T shuffle(unsigned mask, T value, int source, bool inside, Site site) {
 inline void __syncthreads(EMULATION_SITE) { emulation::barrier({file, line}); }
 
 inline void __syncwarp(unsigned mask = ~0u, EMULATION_SITE) {
-  emulation::gather(mask, 0, {file, line});
+  emulation::gather(mask, 0, {file, line}, true);
 }
 
 template <typename T>

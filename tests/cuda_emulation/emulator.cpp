@@ -31,6 +31,7 @@ struct Fiber {
   Wait wait = Wait::Returned;
   Site site{};
   unsigned mask = 0;
+  bool orders_memory = false;  // a shuffle or a vote does not
   uint64_t offered = 0, received[32] = {};
 };
 
@@ -138,7 +139,7 @@ bool release_lanes(size_t warp, size_t threads) {
     });
     if (!all) return;
     released = true;
-    ++warp_steps[warp];
+    warp_steps[warp] += first.orders_memory;
     for_lanes(warp, first.mask, threads, [&](size_t, Fiber& other) {
       std::memcpy(other.received, offered, sizeof(offered));
       other.wait = Wait::Nothing;
@@ -230,12 +231,13 @@ void barrier(Site site) {
   pause_fiber();
 }
 
-const uint64_t* gather(unsigned mask, uint64_t offered, Site site) {
+const uint64_t* gather(unsigned mask, uint64_t offered, Site site, bool orders_memory) {
   if (!(mask >> lane() & 1)) fail("a lane is not in its own mask", site);
   current->wait = Wait::Lanes;
   current->site = site;
   current->mask = mask;
   current->offered = offered;
+  current->orders_memory = orders_memory;
   pause_fiber();
   return current->received;
 }

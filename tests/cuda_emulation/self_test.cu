@@ -49,6 +49,13 @@ __global__ void warp_barrier(const double* __restrict__ x, double* __restrict__ 
   line[threadIdx.x] = line[blockDim.x - 1 - threadIdx.x];
 }
 
+// A shuffle makes lanes wait for each other, but not for what they write to memory.
+__global__ void shuffle_as_barrier(const double* __restrict__ x, double* __restrict__ out) {
+  __shared__ double line[kThreads];
+  line[threadIdx.x] = x[threadIdx.x];
+  out[threadIdx.x] = __shfl_sync(~0u, x[threadIdx.x], 0) + line[threadIdx.x ^ 1];
+}
+
 __global__ void overwritten_too_early(const double* __restrict__ x, double* __restrict__ out) {
   out[threadIdx.x] = x[threadIdx.x];
   __syncthreads();
@@ -104,6 +111,7 @@ const std::pair<const char*, Kernel> kKernels[] = {
     {"reversed", reversed},
     {"no_barrier", no_barrier},
     {"warp_barrier", warp_barrier},
+    {"shuffle_as_barrier", shuffle_as_barrier},
     {"overwritten_too_early", overwritten_too_early},
     {"returns_early", returns_early},
     {"two_barriers", two_barriers},
