@@ -185,16 +185,19 @@ def replay(graph: torch.cuda.CUDAGraph, static: Problem, p: Problem) -> None:
 
 
 @each_noise
-@pytest.mark.parametrize("name", ["kernels", "small"])
+@pytest.mark.parametrize("name", ["kernels", "small", "constant"])
 def test_a_graph_computes_on_new_inputs(
     name: str, noise: str, dtype: torch.dtype, device: torch.device
 ) -> None:
-    static, f = batch_of_small(device, noise, dtype=dtype), CALLS[name]
+    static = batch_of_small(device, noise, dtype=dtype)
+    rows = tk.symmetric_eigen(static.M)
+    f = CALLS[name] if name != "constant" else partial(value_and_gradients, M=rows)
     graph, out = captured(lambda: f(static))
     for seed in (1, 2):
         p = batch_of_small(device, noise, dtype=dtype, seed=seed)
         replay(graph, static, p)
-        assert all(torch.equal(x, y) for x, y in zip(out, f(p), strict=True))
+        for x, y in zip(out, f(p), strict=True):
+            torch.testing.assert_close(x, y)
 
 
 @each_noise
@@ -212,6 +215,18 @@ def test_a_fault_in_a_graph_is_a_nan_and_stays_in_its_problem(
         for x, y in zip(out, value_and_gradients(good), strict=True):
             assert x[3].isnan().all(), (key, factor)
             assert torch.equal(x[others], y[others]), (key, factor)
+
+
+def test_a_fault_in_a_graph_of_constant_rows_is_not_finite(device: torch.device) -> None:
+    static = batch_of_small(device)
+    M = tk.SymmetricEigen(*tk.symmetric_eigen(static.M))
+    graph, out = captured(lambda: value_and_gradients(static, M))
+    good = batch_of_small(device)
+    for key, factor in (("K", -50.0), ("Sigma", -1.0), ("K", torch.nan), ("Y", torch.inf)):
+        bad = map_problem(torch.clone, good)
+        leaves(bad)[key][3] *= factor
+        replay(graph, static, bad)
+        assert out[0].isfinite().tolist() == [True, True, True, False, True, True], (key, factor)
 
 
 # ---------------------------------------------------------------- another device

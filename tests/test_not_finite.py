@@ -13,6 +13,7 @@ from test_errors import LinAlgError, arguments, changed
 from torch import Tensor
 
 import torch_kronlik as tk
+from torch_kronlik.factor import diagnose, eigen
 from torch_kronlik.factor.plan import METHODS
 
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
@@ -129,3 +130,20 @@ def test_error_in_the_middle_leaves_nothing_behind(name: str) -> None:
         f.structured(changed(p, M=torch.full_like(p.M, math.nan)))
     for key, g in gradients(f.structured, p).items():
         assert torch.equal(g, expected[key])
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_fault_in_a_captured_graph_of_constant_rows(
+    noise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host cannot wait for a check then, and a replay cannot raise."""
+    for module in (diagnose, eigen):
+        monkeypatch.setattr(module, "is_captured", lambda x: True)
+    p = make_problem(6, 3, batch=(4,), noise=noise)
+    M = tk.symmetric_eigen(p.M)
+    (key,) = p.noise
+    for name, bad in (("K", -50.0), ("K", math.nan), ("Y", math.inf), (key, math.nan)):
+        values = {k: x.clone() for k, x in leaves(p).items() if k != "M"}
+        values[name][2] *= bad
+        found = tk.kron_gaussian_nll(values["Y"], M, values["K"], **{key: values[key]})
+        assert found.isfinite().tolist() == [True, True, False, True], (name, bad)

@@ -52,8 +52,9 @@ def kron_gaussian_nll(
         torch.linalg.LinAlgError: Sigma or U is not positive definite.
 
     Derivatives: first and second, in every mode of PyTorch; a third raises NotImplementedError.
-    Small problems (T ≤ 64, D ≤ 8) whose M has the joint batch shape go into a CUDA graph, gradients
-    included. A replay raises nothing: a batch element at fault has NaN for its value and gradients.
+    Small problems (T ≤ 64, D ≤ 8) whose M has the joint batch shape, and problems with a constant M
+    and D ≤ 16, go into a CUDA graph, gradients included. A replay raises nothing: a batch element
+    at fault has a value that is not finite.
 
     Cost: O(T³ + D³ + T²·D + T·D²). Source: Rakitsch et al. 2013; Zhou & Stephens 2014.
 

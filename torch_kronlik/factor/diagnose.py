@@ -8,6 +8,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from ..capture import is_captured
+
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 __all__ = [
@@ -50,6 +52,8 @@ OVERFLOW = (
 
 def require_finite(result: Tensor, **arguments: Tensor | None) -> None:
     """Raise if ``result`` is not finite: a non-finite argument first, else an overflow."""
+    if is_captured(result):
+        return
     # One pass without temporaries decides, but for finite entries with an infinite sum.
     if math.isfinite(result.sum()) or bool(torch.isfinite(result).all()):
         return

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..capture import is_captured
 from ..ops import whiten_small
 from .diagnose import (
     OVERFLOW,
@@ -43,6 +44,8 @@ def whiten(
         return _whiten_by_lapack(K, Sigma, log_noise)
     noise = log_noise if Sigma is None else Sigma
     lam, R, logdet_noise, status = whiten_small(K, noise, Sigma is not None)
+    if is_captured(status):
+        return torch.where(status[..., None] == 0, lam, torch.nan), R, logdet_noise
     if bool(status.any()):
         raise_if_not_finite(K=K, Sigma=Sigma, log_noise=log_noise)
         if bool((status == 1).any()):
@@ -118,6 +121,8 @@ def require_positive_definite(s: Tensor, lam: Tensor, P: Tensor | None = None) -
 
     P is given with eigenvalues that the user made, to be checked too.
     """
+    if is_captured(lam):
+        return lam.clone()
     if P is not None and not bool(torch.isfinite(s.sum() + P.sum())):
         raise_if_not_finite(**{"M.eigenvalues": s, "M.eigenvectors": P})
     if s.numel() and lam.numel() and not bool(torch.minimum(s.min(), lam.min()) >= 0):
