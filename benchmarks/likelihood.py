@@ -30,7 +30,7 @@ from peers import PEERS, one_cholesky_per_output
 from torch import Tensor
 
 import torch_kronlik as tk
-from torch_kronlik.factor.plan import fits_small
+from torch_kronlik.factor.plan import costs
 
 LARGEST_DENSE = 3000  # rows of U, beyond which dense peers are left out
 LARGEST_STRUCTURED = 2000  # and of M, for GPyTorch's structured path
@@ -124,7 +124,7 @@ def expected(case: Case) -> list[Tensor]:
 
 def method_used(case: Case) -> str:
     """The route of "auto", "small" for the one native call."""
-    if fits_small(case.T, case.D, "cpu") and not case.constant:
+    if costs("cpu").fits_small(case.T, case.D) and not case.constant:
         return "small"
     _, M, K, noise = problem(case)
     rows = tk.symmetric_eigen(M) if case.constant else M

@@ -404,18 +404,30 @@ def test_auto_takes_the_cheapest(p: Problem, expected: str) -> None:
     torch.testing.assert_close(nll(p, "auto"), nll(p, "spectral"), rtol=1e-9, atol=1e-9)
 
 
-def test_plan_by_its_numbers() -> None:
-    at = plan.SMALLEST_LOW_RANK
-    assert plan.max_rank("low_rank", 7) == 7
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_plan_by_its_numbers(device: str) -> None:
+    costs = plan.costs(device)
+    at = costs.smallest_low_rank
+    assert costs.max_rank("low_rank", 7) == 7
     for T in (at, 200, 1000, 10**4):
-        assert T // plan.LARGEST_RANK_FRACTION <= plan.max_rank("auto", T) <= T // 2
-    assert plan.max_rank("auto", at - 1) == 0
-    assert plan.max_rank("spectral", 10**4) == plan.max_rank("cholesky", 10**4) == 0
-    assert plan.prefers_cholesky("cholesky", 1, 10**4)
-    assert not plan.prefers_cholesky("spectral", 10**4, 0)
-    assert plan.prefers_cholesky("auto", at, 0)
-    assert not plan.prefers_cholesky("auto", at, math.ceil(plan.EIGH_IN_CHOLESKYS))
-    assert not plan.prefers_cholesky("auto", at - 1, 1)
+        assert T // costs.rank_fraction <= costs.max_rank("auto", T) <= T // 2
+    assert costs.max_rank("auto", at - 1) == 0
+    assert costs.max_rank("spectral", 10**4) == costs.max_rank("cholesky", 10**4) == 0
+    assert costs.prefers_cholesky("cholesky", 1, 10**4)
+    assert not costs.prefers_cholesky("spectral", 10**4, 0)
+    assert costs.prefers_cholesky("auto", at, 0)
+    assert not costs.prefers_cholesky("auto", at, math.ceil(costs.eigh_in_choleskys))
+    assert not costs.prefers_cholesky("auto", at - 1, 1)
+    assert costs.fits_small(costs.small_T, costs.small_D)
+    assert not costs.fits_small(costs.small_T + 1, 1)
+    assert not costs.fits_small(1, costs.small_D + 1)
+
+
+def test_small_problems_elsewhere_take_the_general_routes() -> None:
+    assert not plan.costs("mps").fits_small(1, 1)
+
+
+def test_methods_by_name() -> None:
     for method in plan.METHODS:
         plan.check_method(method)
     with pytest.raises(ValueError, match="got 'dense'"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from .autocast import full_precision
 from .covariance import KroneckerPlusNoise
 from .derivatives import is_plain_eager
-from .factor.plan import fits_small
+from .factor.plan import costs
 from .rules.small import small_nll
 from .symmetric_eigen import SymmetricEigen
 
@@ -52,7 +52,7 @@ def kron_gaussian_nll(
         torch.linalg.LinAlgError: Sigma or U is not positive definite.
 
     Derivatives: first and second, in every mode of PyTorch; a third raises NotImplementedError.
-    Small problems (T ≤ 64, D ≤ 8) whose M has the joint batch shape, and problems with a constant M
+    Small problems (T ≤ 64, D ≤ 16) whose M has the joint batch shape, and those with a constant M
     and D ≤ 16, go into a CUDA graph, gradients included. A replay raises nothing: a batch element
     at fault has a value that is not finite.
 
@@ -89,7 +89,7 @@ def _is_small(U: KroneckerPlusNoise, batch: torch.Size) -> bool:
     return (
         U.is_fresh
         and isinstance(U.M, Tensor)
-        and fits_small(T, D, U.M.device.type)
+        and costs(U.M.device.type).fits_small(T, D)
         and U.M.shape[:-2] == batch
         and is_plain_eager()
     )

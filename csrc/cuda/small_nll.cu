@@ -68,6 +68,7 @@ __global__ void whiten_problems(SmallNll s, Pointers<T> t) {
     zero += range_test(basis, m[e / s.T * s.m_row + e % s.T * s.m_col]);
   }
   if (!__all_sync(kWholeWarp, zero == 0)) status = kNotFinite;
+  __syncwarp();  // all lanes have read the basis
   if (status != kFine && threadIdx.x == 0) spoil(&basis, D);
   __syncwarp();
   constexpr int kCount = sizeof(Whitened) / sizeof(double);

@@ -1,30 +1,17 @@
 """Which route factorises U: a cost model with measured constants, for ``method="auto"``.
 
-All routes are exact to rounding, so the choice is about time alone. On full-rank M of size T the
-eigendecomposition costs about as much as ``EIGH_IN_CHOLESKYS`` Cholesky factorisations with
-inverses, and one of these is needed for each non-zero eigenvalue λ_j.
+All routes are exact to rounding, so the choice is about time alone, and it is made from the sizes,
+the numerical rank of M, the rank of K and the type of device. The constants were read off
+``benchmarks/likelihood.py --full`` and, on a GPU, are to be read off ``benchmarks/gpu.py``.
 """
 
 from __future__ import annotations
 
-__all__ = ["METHODS", "check_method", "fits_small", "max_rank", "prefers_cholesky"]
+from typing import NamedTuple
+
+__all__ = ["METHODS", "Costs", "check_method", "costs"]
 
 METHODS = ("auto", "spectral", "cholesky", "low_rank")
-
-# Below this T an eigendecomposition is cheaper than finding out that it is not needed.
-SMALLEST_LOW_RANK = 96
-# The pivoted Cholesky is tried up to rank T/8, for a few hundredths of what the full-rank routes
-# take, and where T is small up to T/2 and 64: there it runs in cache (T = 256, rank 64: 0.12 ms,
-# against 0.7 for one T×T Cholesky factor with its inverse and 2 for the eigendecomposition).
-LARGEST_RANK_FRACTION = 8
-EASY_RANK = 64
-EIGH_IN_CHOLESKYS = 6.0
-# The native kernel for small problems takes a Cholesky factorisation for each output, in vector
-# lanes. On a CPU, T = 128, D = 4, one thread: 0.6 ms against 1.1 (smooth M) and 1.8 (rough), and in
-# batches of 32 0.36 ms each against 0.31 and 1.1; with T the general routes win on smooth M. On a
-# GPU: one matrix in shared memory.
-LARGEST_SMALL_T = {"cpu": 128, "cuda": 64}
-LARGEST_SMALL_D = {"cpu": 16, "cuda": 8}
 
 
 def check_method(method: str, diagonalised: bool = False) -> None:
@@ -34,23 +21,73 @@ def check_method(method: str, diagonalised: bool = False) -> None:
         raise ValueError(f"method must be one of {', '.join(methods)}{given}, got {method!r}")
 
 
-def max_rank(method: str, T: int) -> int:
-    """The rank up to which the low-rank route is tried; 0 for not at all."""
-    if method == "low_rank":
-        return T
-    if method != "auto" or T < SMALLEST_LOW_RANK:
-        return 0
-    return max(T // LARGEST_RANK_FRACTION, min(T // 2, EASY_RANK))
+class Costs(NamedTuple):
+    """What decides on one type of device.
+
+    Args:
+        smallest_low_rank: the T below which an eigendecomposition is cheaper than finding out that
+            it is not needed.
+        rank_fraction, easy_rank: the pivoted Cholesky is tried up to rank T / rank_fraction, and
+            where T is small up to T/2 and easy_rank.
+        eigh_in_choleskys: how many T×T Cholesky factorisations with inverses, one for each non-zero
+            λ_j, cost as much as the eigendecomposition of a full-rank M.
+        small_T, small_D: up to which sizes one native call for value and gradients serves best.
+    """
+
+    smallest_low_rank: int
+    rank_fraction: int
+    easy_rank: int
+    eigh_in_choleskys: float
+    small_T: int
+    small_D: int
+
+    def max_rank(self, method: str, T: int) -> int:
+        """The rank up to which the low-rank route is tried; 0 for not at all."""
+        if method == "low_rank":
+            return T
+        if method != "auto" or self.smallest_low_rank > T:
+            return 0
+        return max(T // self.rank_fraction, min(T // 2, self.easy_rank))
+
+    def prefers_cholesky(self, method: str, T: int, nonzero: int) -> bool:
+        """Whether full-rank M goes to one Cholesky factorisation per non-zero λ."""
+        if method != "auto":
+            return method == "cholesky"
+        return self.smallest_low_rank <= T and nonzero < self.eigh_in_choleskys
+
+    def fits_small(self, T: int, D: int) -> bool:
+        """Whether one native call for value and gradients serves best."""
+        return self.small_T >= T and self.small_D >= D
 
 
-def prefers_cholesky(method: str, T: int, nonzero: int) -> bool:
-    """Whether full-rank M goes to one Cholesky factorisation per non-zero λ."""
-    if method != "auto":
-        return method == "cholesky"
-    return T >= SMALLEST_LOW_RANK and nonzero < EIGH_IN_CHOLESKYS
+# Rank T/8 costs a few hundredths of what the full-rank routes take, and rank 64 at T = 256 0.08 ms
+# against 0.7 for one Cholesky factor with its inverse and 2 for the eigendecomposition. One native
+# call at T = 128, D = 4: 0.6 ms against 1.1 (smooth M) and 1.8 (rough); in batches of 32 0.36 ms
+# each against 0.31 and 1.1, and with T the general routes win on smooth M.
+CPU = Costs(
+    smallest_low_rank=96,
+    rank_fraction=8,
+    easy_rank=64,
+    eigh_in_choleskys=6.0,
+    small_T=128,
+    small_D=16,
+)
+
+# Estimates until they are measured: cuSOLVER's eigensolver is slow and its Cholesky is not; a
+# pivoted Cholesky occupies one multiprocessor for each matrix; a matrix of a small problem has to
+# fit into shared memory.
+CUDA = Costs(
+    smallest_low_rank=96,
+    rank_fraction=32,
+    easy_rank=64,
+    eigh_in_choleskys=30.0,
+    small_T=64,
+    small_D=16,
+)
+
+_ELSEWHERE = CPU._replace(small_T=-1)
 
 
-def fits_small(T: int, D: int, device: str) -> bool:
-    """Whether one native call for value and gradients serves best on this type of device."""
-    rows, outputs = LARGEST_SMALL_T.get(device, -1), LARGEST_SMALL_D.get(device, -1)
-    return rows >= T and outputs >= D
+def costs(device: str) -> Costs:
+    """By the type of a device."""
+    return {"cpu": CPU, "cuda": CUDA}.get(device, _ELSEWHERE)

@@ -109,14 +109,15 @@ def factorise(
         method = "spectral"
     lam, R, logdet_noise = whiten(K, Sigma, log_noise)
     T, covariance = M.shape[-1], (M, K, Sigma, log_noise)
-    rank = plan.max_rank(method, T)
+    costs = plan.costs(M.device.type)
+    rank = costs.max_rank(method, T)
     if rank > 0:
         s, P = eigen_low_rank(M, rank, tracing)
         if P.shape[-2] == T:
             lam = require_positive_definite(s, lam)
             return Covariance(*covariance, s, P, lam, R, logdet_noise, "spectral"), "low_rank"
     nonzero = lam if tracing else without_zeros(lam)
-    if plan.prefers_cholesky(method, T, nonzero.shape[-1]):
+    if costs.prefers_cholesky(method, T, nonzero.shape[-1]):
         L, logdet_C = cholesky_factors(M, nonzero)
         return Covariance(*covariance, L, logdet_C, lam, R, logdet_noise, "cholesky"), "cholesky"
     s, P = eigen(M)
