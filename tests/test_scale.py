@@ -67,12 +67,13 @@ def test_second_use_factorises_nothing(noise: str, method: str) -> None:
         assert recorded.count(name) == 0
 
 
-def test_constant_factor_is_diagonalised_once() -> None:
+@each_route
+def test_constant_factor_is_diagonalised_once(method: str) -> None:
     p = make_problem(7, 3)
     with Recorder() as recorded:
         pair = tk.symmetric_eigen(p.M)
         for k in range(3):
-            tk.kron_logdet(pair, p.K * (k + 1), **p.noise)
+            tk.kron_logdet(pair, p.K * (k + 1), **p.noise, method=method)
     assert recorded.shapes("linalg_eigh").count((7, 7)) == 1
 
 

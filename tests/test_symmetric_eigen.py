@@ -55,8 +55,8 @@ def test_data_that_do_not_fit() -> None:
         eigen.decouple(torch.zeros(3, 4, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("method", ["cholesky", "low_rank"])
-def test_another_method_for_what_is_diagonalised(method: str) -> None:
+@pytest.mark.parametrize("method", ["auto", "spectral", "cholesky", "low_rank"])
+def test_every_method_is_spectral_for_what_is_diagonalised(method: str) -> None:
     eigen = tk.symmetric_eigen(torch.eye(3))
-    with pytest.raises(ValueError, match="one of auto, spectral for a SymmetricEigen, got"):
-        tk.KroneckerPlusNoise(eigen, torch.eye(2), log_noise=torch.zeros(2), method=method)
+    U = tk.KroneckerPlusNoise(eigen, torch.eye(2), log_noise=torch.zeros(2), method=method)
+    assert U.method_used == "spectral"

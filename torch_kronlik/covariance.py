@@ -51,8 +51,8 @@ class KroneckerPlusNoise:
         log_noise: (*batch, D), the logarithms s of the noise variances, Σ = Diag(exp(s)).
         method: "auto", "spectral" (both factors diagonalised), "cholesky" (a T×T factorisation for
             each non-zero eigenvalue of K) or "low_rank" (M of low numerical rank; another M goes
-            to "spectral"). Every method is exact to rounding; "auto" takes the cheapest. For a
-            SymmetricEigen there is "spectral" alone.
+            to "spectral"). Every method is exact to rounding; "auto" takes the cheapest. A
+            SymmetricEigen is diagonalised already: every method is "spectral" then.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device or shape does not fit.
@@ -92,8 +92,8 @@ class KroneckerPlusNoise:
         self.batch_shape = check_broadcast(
             M=self._rows.shape[:-2], K=K.shape[:-2], noise=self._noise_batch
         )
-        check_method(method, isinstance(M, SymmetricEigen))
-        self._method = self._method_used = method
+        check_method(method)
+        self._method = method
         self._factorised: Covariance | None = None
         self._full: Covariance | None = None
         self._versions: list[int] = []
@@ -126,14 +126,14 @@ class KroneckerPlusNoise:
     def method_used(self) -> str:
         """The route that "auto" stands for here; asking factorises."""
         self._factorise()
-        return self._method_used
+        return self._method
 
     @full_precision
     def _factorise(self) -> Covariance:
         made = self._factorised
         if made is None:
             versions = self._current_versions()
-            made, self._method_used = _outside_inference(self._make_factor)
+            made, self._method = _outside_inference(self._make_factor)
             # Last, so that another thread finds all of it or nothing.
             self._versions, self._factorised = versions, made
         elif self._versions != self._current_versions():
@@ -159,14 +159,14 @@ class KroneckerPlusNoise:
         return [0 if x.is_inference() else x._version for x in arguments]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is factorised anew: its arguments are other tensors."""
+        """A copy is factorised anew, by the same route: its arguments are other tensors."""
         return {**self.__dict__, "_factorised": None, "_full": None}
 
     @full_precision
     def _spectral(self) -> Covariance:
         """The factorisation in the full spectral form, which some operations need."""
         c = self._factorise()
-        if self._method_used != "spectral" and c.M is not None:
+        if self._method != "spectral" and c.M is not None:
             if self._full is None:
                 self._full = _outside_inference(partial(self._make_full, c.M))
             return self._full

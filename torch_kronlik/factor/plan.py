@@ -14,11 +14,9 @@ __all__ = ["METHODS", "Costs", "check_method", "costs"]
 METHODS = ("auto", "spectral", "cholesky", "low_rank")
 
 
-def check_method(method: str, diagonalised: bool = False) -> None:
-    methods = METHODS[:2] if diagonalised else METHODS
-    if method not in methods:
-        given = " for a SymmetricEigen" if diagonalised else ""
-        raise ValueError(f"method must be one of {', '.join(methods)}{given}, got {method!r}")
+def check_method(method: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
 
 
 class Costs(NamedTuple):
