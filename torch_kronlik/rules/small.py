@@ -69,13 +69,17 @@ def _vjp(inputs: Any, outputs: Any, grads: Any, needs: Any) -> list[Maybe]:
         out = [
             None
             if b is None
-            else sum_to(grads[0].reshape(grads[0].shape + (1,) * core) * g, b, core)
+            else sum_to(_widened(grads[0], core) * g, b, core)
             for g, b, core in zip(found, to, _CORES, strict=True)
         ]
     if any(g is not None for g in grads[1:]):
         V = _by_argument(inputs, grads[1:])
         out = [plus(a, b) for a, b in zip(out, _hessian_product(inputs, to, V), strict=True)]
     return [*out, None]
+
+
+def _widened(g: Tensor, core: int) -> Tensor:
+    return g.reshape(g.shape + (1,) * core) if g.dim() else g
 
 
 def _by_argument(inputs: Any, four: Any) -> list[Maybe]:
