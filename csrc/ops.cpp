@@ -13,6 +13,7 @@ STABLE_TORCH_LIBRARY(torch_kronlik, m) {
   // What this build and machine have, for diagnostics.
   m.def("cpu_instruction_set() -> str");
   m.def("cuda_architectures() -> int[]");
+  m.def("has_lapack() -> bool");
   m.def("pivoted_cholesky(Tensor M, SymInt max_rank) -> (Tensor F, Tensor rank)");
   m.def(
       "small_nll(Tensor Y, Tensor M, Tensor K, Tensor noise, bool full_noise, bool gradients)"
@@ -20,4 +21,9 @@ STABLE_TORCH_LIBRARY(torch_kronlik, m) {
   m.def(
       "whiten_small(Tensor K, Tensor noise, bool full_noise)"
       " -> (Tensor lam, Tensor R, Tensor logdet_noise, Tensor status)");
+  // On the CPU, where the process has LAPACK.
+  m.def("shifted_cholesky(Tensor M, Tensor lam) -> (Tensor L, Tensor logdet, Tensor status)");
+  m.def(
+      "shifted_inverses(Tensor L, Tensor M, Tensor lam)"
+      " -> (Tensor rows, Tensor with_M, Tensor plain)");
 }

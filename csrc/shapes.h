@@ -4,6 +4,7 @@
 // every device.
 
 #include <cstdlib>
+#include <limits>
 #include <utility>
 
 #include "checks.h"
@@ -11,6 +12,7 @@
 #include "kernels/block_diag_sum.h"
 #include "kernels/kron_diag_scale.h"
 #include "kernels/pivoted_cholesky.h"
+#include "kernels/shifted_cholesky.h"
 #include "kernels/small_nll.h"
 
 namespace torch_kronlik {
@@ -179,6 +181,30 @@ inline WhitenSmall whiten_small_of(const Tensor& K, const Tensor& noise, bool fu
   w.noise_batch = batch_layout(noise, core, batch);
   w.own_noise_batch = batch_layout(noise, core, batch_sizes(noise, core));
   return w;
+}
+
+inline Sizes shifted_batch(const Tensor& M, const Tensor& lam) {
+  const char* op = "shifted_cholesky";
+  check_min_dim(M, 2, op);
+  check_min_dim(lam, 1, op);
+  check_alike(M, lam, op);
+  STD_TORCH_CHECK(M.size(M.dim() - 1) == M.size(M.dim() - 2), op, ": M is not square");
+  STD_TORCH_CHECK(M.size(M.dim() - 1) <= std::numeric_limits<int>::max(), op, ": too large");
+  return broadcast(batch_sizes(M, 2), batch_sizes(lam, 1), op);
+}
+
+// M is symmetric: the roles of rows and columns are exchanged where its columns are contiguous.
+inline ShiftedCholesky shifted_cholesky_of(const Tensor& M, const Tensor& lam, const Sizes& batch) {
+  ShiftedCholesky c;
+  c.T = M.size(M.dim() - 1);
+  c.n = lam.size(lam.dim() - 1);
+  c.m_row = M.stride(M.dim() - 2);
+  c.m_col = M.stride(M.dim() - 1);
+  if (c.m_row == 1) std::swap(c.m_row, c.m_col);
+  c.lam_stride = lam.stride(lam.dim() - 1);
+  c.m_batch = batch_layout(M, 2, batch);
+  c.lam_batch = batch_layout(lam, 1, batch);
+  return c;
 }
 
 }  // namespace torch_kronlik

@@ -29,7 +29,13 @@ OF_ITS_OWN |= {"logdet_hvp": {"dM", "dK", "dSigma"}, "constant_eigen": set(), "r
 # Their results' shapes depend on the data, so they are never traced.
 UNTRACED = {"without_zeros", "eigen_low_rank", "pivoted_cholesky"}
 # Without tensors, or checked in a file of their own with all their options.
-ELSEWHERE = {"cpu_instruction_set", "cuda_architectures", "block_diag_expand", "block_diag_sum"}
+ELSEWHERE = {
+    "cpu_instruction_set",
+    "cuda_architectures",
+    "has_lapack",
+    "block_diag_expand",
+    "block_diag_sum",
+}
 ELSEWHERE |= {"small_nll", "gaussian_nll_small", "expm_action", "expm_gradient", "expm_jacobian"}
 
 Calls = dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]]

@@ -25,6 +25,8 @@ __all__ = [
     "kron_diag_scale",
     "kron_diag_sums",
     "pivoted_cholesky",
+    "shifted_cholesky",
+    "shifted_inverses",
     "small_nll",
     "whiten_small",
 ]
@@ -71,6 +73,9 @@ kron_diag_scale = _native.kron_diag_scale.default  # (s, lam, Y) -> Z, inv_quad
 pivoted_cholesky = _native.pivoted_cholesky.default  # (M, max_rank) -> F, rank (-1: too high)
 small_nll = _native.small_nll.default
 # (Y, M, K, noise, full_noise, gradients) -> nll, gY, gM, gK, gnoise, status
+HAS_LAPACK: bool = _native.has_lapack()
+shifted_cholesky = _native.shifted_cholesky.default  # (M, lam) -> L, logdet, status
+shifted_inverses = _native.shifted_inverses.default  # (L, M, lam) -> rows, with_M, plain
 whiten_small = _native.whiten_small.default
 # (K, noise, full_noise) -> lam, R, logdet_noise, status; D ≤ 16
 
@@ -148,6 +153,18 @@ def _small_nll_fake(
     return Y.new_empty(batch), *found, Y.new_empty(batch, dtype=torch.int64)
 
 
+def _shifted_cholesky_fake(M: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, n = torch.broadcast_shapes(M.shape[:-2], lam.shape[:-1]), lam.shape[-1]
+    L, logdet = M.new_empty((*batch, n, *M.shape[-2:])), M.new_empty((*batch, n))
+    return L, logdet, M.new_empty((*batch, n), dtype=torch.int64)
+
+
+def _shifted_inverses_fake(L: Tensor, M: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, n = torch.broadcast_shapes(M.shape[:-2], lam.shape[:-1]), lam.shape[-1]
+    rows = M.new_empty((*batch, *M.shape[-2:]))
+    return rows, M.new_empty((*batch, n)), M.new_empty((*batch, n))
+
+
 def _whiten_small_fake(K: Tensor, noise: Tensor, full_noise: bool) -> tuple[Tensor, ...]:
     own = noise.shape[: noise.dim() - (2 if full_noise else 1)]
     batch, D = torch.broadcast_shapes(K.shape[:-2], own), K.shape[-1]
@@ -161,6 +178,8 @@ _FAKES: dict[Any, Callable[..., Any]] = {
     kron_diag_sums: _kron_diag_sums_fake,
     kron_diag_scale: _kron_diag_scale_fake,
     pivoted_cholesky: _pivoted_cholesky_fake,
+    shifted_cholesky: _shifted_cholesky_fake,
+    shifted_inverses: _shifted_inverses_fake,
     small_nll: _small_nll_fake,
     whiten_small: _whiten_small_fake,
 }
@@ -275,6 +294,8 @@ register(
 
 # Parts of a factorisation, which is a constant for differentiation.
 register(pivoted_cholesky, core_dims=lambda M, max_rank: ([2, None], [2, 0]))
+register(shifted_cholesky, core_dims=lambda M, lam: ([2, 1], [3, 1, 1]))
+register(shifted_inverses, core_dims=lambda L, M, lam: ([3, 2, 1], [2, 1, 1]))
 register(
     whiten_small,
     core_dims=lambda K, noise, full: ([2, 2 if full else 1, None], [1, 2, 0, 0]),

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "../macros.h"
+#include "lapack.h"
 
 namespace {
 
@@ -18,6 +19,7 @@ std::string cpu_instruction_set() {
 
 STABLE_TORCH_LIBRARY_IMPL(torch_kronlik, CompositeExplicitAutograd, m) {
   m.impl("cpu_instruction_set", TORCH_BOX(&cpu_instruction_set));
+  m.impl("has_lapack", TORCH_BOX(&torch_kronlik::has_lapack));
 }
 
 }  // namespace

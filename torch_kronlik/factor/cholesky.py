@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import ops
 from .batch import Shape, broadcast, outer_to, sum_to, symmetric
 from .diagnose import not_positive_definite, require_finite
 from .eigen import U
@@ -28,25 +29,44 @@ def without_zeros(lam: Tensor) -> Tensor:
 
 
 def factors(M: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """L_j and log det C_j for each λ_j of ``lam`` (*batch, n): (*batch, n, T, T), (*batch, n).
+    """L_j and log det C_j for each λ_j of ``lam`` (*batch, n): (*batch, n, T, T), (*batch, n)."""
+    require_finite(M, M=M)
+    made = ops.shifted_cholesky if _is_native(M) else _factors_by_torch
+    L, logdet, status = made(M, lam)
+    if bool(status.any()):
+        require_finite(lam[..., :, None, None] * M[..., None, :, :])
+        not_positive_definite(U, (status != 0).any(-1))
+    return L, logdet
 
-    Each is factorised where it is stored. LAPACK counts by columns, so that a C stored by rows is
-    handed over as its transpose, which it equals.
-    """
+
+def _is_native(M: Tensor) -> bool:
+    return ops.HAS_LAPACK and M.device.type == "cpu"
+
+
+def _factors_by_torch(M: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each is factorised where it is stored. LAPACK counts by columns: to it, a lower triangle
+    stored by rows is an upper one."""
     n, T = lam.shape[-1], M.shape[-1]
     batch = broadcast(M.shape[:-2], lam.shape[:-1])
-    L = M.new_empty((n, *batch, T, T))
-    info = M.new_empty((n, *batch), dtype=torch.int32)
-    require_finite(M, M=M)
-    for j, C in enumerate(L):
+    L = M.new_empty((*batch, n, T, T))
+    info = M.new_empty((*batch, n), dtype=torch.int32)
+    for j, C in enumerate(L.unbind(-3)):
         torch.mul(M, lam[..., j, None, None], out=C)
         C.diagonal(dim1=-2, dim2=-1).add_(1)
-        torch.linalg.cholesky_ex(C.mT, out=(C.mT, info[j]))
-    if bool(info.any()):
-        require_finite(lam[..., :, None, None] * M[..., None, :, :])
-        not_positive_definite(U, (info != 0).any(0))
-    L = L.mT.movedim(0, -3)
-    return L, (2 * _diagonal(L).log().sum(-1)).contiguous()
+        torch.linalg.cholesky_ex(C.mT, upper=True, out=(C.mT, info[..., j]))
+    return L, 2 * _diagonal(L).log().sum(-1), info
+
+
+def _inverses_by_torch(L: Tensor, M: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows = M.new_zeros((*L.shape[:-3], *L.shape[-2:]))
+    with_M, plain = (M.new_empty(L.shape[:-2]) for _ in range(2))
+    inverse = torch.empty_like(rows)
+    for j, own in enumerate(L.unbind(-3)):
+        torch.cholesky_inverse(own.mT, upper=True, out=inverse.mT)
+        rows.addcmul_(inverse, lam[..., j, None, None])
+        plain[..., j] = _trace(inverse)
+        with_M[..., j] = inverse.mul_(M).sum((-2, -1))
+    return rows, with_M, plain
 
 
 class Cholesky(NamedTuple):
@@ -102,17 +122,12 @@ class Cholesky(NamedTuple):
     def sums(self, M: Tensor | None, saved: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
         """The log-det gradients in this form: Σ_j λ_j C_j⁻¹, tr(M C_j⁻¹) and tr C_j⁻¹."""
         assert M is not None
-        D, n = self.lam.shape[-1], self.L.shape[-3]
-        rows = M.new_zeros((*self.L.shape[:-3], *M.shape[-2:]))
-        zeros = _trace(M)[..., None].expand(*self.logdet_C.shape[:-1], D - n)
-        with_M, plain = [zeros], [torch.full_like(zeros, self.size)]
-        inverse = torch.empty_like(rows)
-        for j, L in enumerate(self.L.unbind(-3), start=D - n):
-            torch.cholesky_inverse(L, out=inverse.mT)
-            rows.addcmul_(inverse, self.lam[..., j, None, None])
-            plain.append(_trace(inverse)[..., None])
-            with_M.append(inverse.mul_(M).sum((-2, -1))[..., None])
-        return rows, torch.cat(with_M, -1), torch.cat(plain, -1)
+        zeros = self.lam.shape[-1] - self.L.shape[-3]
+        summed = ops.shifted_inverses if _is_native(M) else _inverses_by_torch
+        rows, with_M, plain = summed(self.L, M, self.lam[..., zeros:])
+        own = _trace(M)[..., None].expand(*plain.shape[:-1], zeros)
+        with_M = torch.cat([own, with_M], -1)
+        return rows, with_M, torch.cat([torch.full_like(own, self.size), plain], -1)
 
     def rows(self, weights: Tensor, g: Tensor, left: Tensor | None, right: Tensor | None,
              to: Shape) -> Tensor:  # fmt: skip

@@ -58,15 +58,18 @@ class Costs(NamedTuple):
         return self.small_T >= T and self.small_D >= D
 
 
+# Measured on two cores with AVX-512, float64, value and gradients.
 # Rank T/8 costs a few hundredths of what the full-rank routes take, and rank 64 at T = 256 0.08 ms
-# against 0.7 for one Cholesky factor with its inverse and 2 for the eigendecomposition. One native
-# call at T = 128, D = 4: 0.6 ms against 1.1 (smooth M) and 1.8 (rough); in batches of 32 0.36 ms
-# each against 0.31 and 1.1, and with T the general routes win on smooth M.
+# against 0.7 for one Cholesky factor with its inverse and 2 for the eigendecomposition.
+# Spectral to Cholesky route with six non-zero λ_j: 1.2, 1.2, 1.4, 1.0 times at T = 150, 256, 512,
+# 1000; with seven 1.0, 0.95, 1.1. Each λ_j is a T×T matrix of memory, too.
+# One native call at T = 128, D = 4: 0.6 ms against 1.1 (smooth M) and 1.8 (rough); in batches of 32
+# 0.36 ms each against 0.31 and 1.1, and with T the general routes win on smooth M.
 CPU = Costs(
     smallest_low_rank=96,
     rank_fraction=8,
     easy_rank=64,
-    eigh_in_choleskys=6.0,
+    eigh_in_choleskys=6.5,
     small_T=128,
     small_D=16,
 )

@@ -29,8 +29,7 @@ def _whiten_fake(K: Tensor, Sigma: Maybe, log_noise: Maybe) -> Tensors:
 
 def _cholesky_fake(M: Tensor, lam: Tensor) -> Tensors:
     batch, n = torch.broadcast_shapes(M.shape[:-2], lam.shape[:-1]), lam.shape[-1]
-    L = M.new_empty((n, *batch, *M.shape[-2:])).mT.movedim(0, -3)
-    return L, M.new_empty((*batch, n))
+    return M.new_empty((*batch, n, *M.shape[-2:])), M.new_empty((*batch, n))
 
 
 eigen = define("eigen(Tensor M) -> (Tensor s, Tensor P)", kernels.eigen, _eigen_fake)

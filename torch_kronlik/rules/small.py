@@ -67,9 +67,7 @@ def _vjp(inputs: Any, outputs: Any, grads: Any, needs: Any) -> list[Maybe]:
     out: list[Maybe] = [None] * 5
     if grads[0] is not None:
         out = [
-            None
-            if b is None
-            else sum_to(_widened(grads[0], core) * g, b, core)
+            None if b is None or g is None else sum_to(_widened(grads[0], core) * g, b, core)
             for g, b, core in zip(found, to, _CORES, strict=True)
         ]
     if any(g is not None for g in grads[1:]):

@@ -1,0 +1,51 @@
+#pragma once
+
+// C_j = λ_j M + I for the non-zero λ_j (MATH.md §4): the factor of each, and what the gradients of
+// log det need of the inverses,
+//   rows = Σ_j λ_j C_j⁻¹    with_M_j = ⟨M, C_j⁻¹⟩    plain_j = tr C_j⁻¹
+// Matrices are row-major and only their lower triangles are read and computed; LAPACK, which counts
+// by columns, calls them upper.
+
+#include "../batch.h"
+
+namespace torch_kronlik {
+
+struct ShiftedCholesky {
+  int64_t T, n;  // n: how many λ_j
+  int64_t m_row, m_col, lam_stride;
+  BatchLayout m_batch, lam_batch;
+};
+
+// Row i of C = λ M + I, zeros above the diagonal.
+template <typename T>
+KRON_HD void shifted_row(const T* m, int64_t m_col, T lam, int64_t i, int64_t size, T* row) {
+  for (int64_t k = 0; k <= i; ++k) row[k] = lam * m[k * m_col];
+  row[i] += T(1);
+  for (int64_t k = i + 1; k < size; ++k) row[k] = T(0);
+}
+
+// Adds λ times row i of an inverse, and returns its part of ⟨M, C⁻¹⟩.
+template <typename T>
+KRON_HD double add_row(const T* inverse, const T* m, int64_t m_col, T lam, int64_t i, T* rows) {
+  constexpr int kLanes = 8;
+  double lane[kLanes] = {};
+  int64_t k = 0;
+  if (m_col == 1) {
+    for (; k + kLanes <= i; k += kLanes) {
+      for (int l = 0; l < kLanes; ++l) {
+        rows[k + l] += lam * inverse[k + l];
+        lane[l] += static_cast<double>(inverse[k + l]) * static_cast<double>(m[k + l]);
+      }
+    }
+  }
+  for (; k < i; ++k) {
+    rows[k] += lam * inverse[k];
+    lane[0] += static_cast<double>(inverse[k]) * static_cast<double>(m[k * m_col]);
+  }
+  rows[i] += lam * inverse[i];
+  double below = 0;
+  for (double x : lane) below += x;
+  return 2 * below + static_cast<double>(inverse[i]) * static_cast<double>(m[i * m_col]);
+}
+
+}  // namespace torch_kronlik
