@@ -10,7 +10,7 @@ from torch import Tensor
 
 Shape = Sequence[int]
 
-__all__ = ["Shape", "broadcast", "outer_to", "sum_to", "symmetric"]
+__all__ = ["Shape", "add_outer_", "broadcast", "outer_to", "sum_to", "symmetric"]
 
 
 def broadcast(*shapes: Shape) -> torch.Size:
@@ -53,6 +53,13 @@ def outer_to(X: Tensor, Y: Tensor, batch: Sequence[int]) -> Tensor:
     X, Y = (Z.permute(order).reshape(*shape, Z.shape[-2], inner) for Z in (X, Y))
     product = X @ Y.mT
     return product.reshape(*batch, *product.shape[-2:])
+
+
+def add_outer_(out: Tensor, X: Tensor, Y: Tensor) -> Tensor:
+    """``out + outer_to(X, Y, batch of out)`` in place; without a batch it needs no memory."""
+    if out.dim() == X.dim() == Y.dim() == 2:
+        return out.addmm_(X, Y.mT)
+    return out.add_(outer_to(X, Y, out.shape[:-2]))
 
 
 def symmetric(X: Tensor) -> Tensor:

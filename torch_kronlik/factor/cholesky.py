@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .batch import Shape, broadcast, outer_to, sum_to, symmetric
+from .batch import Shape, add_outer_, broadcast, sum_to, symmetric
 from .diagnose import not_positive_definite, require_finite
 from .eigen import U
 
@@ -136,11 +136,7 @@ class Cholesky(NamedTuple):
         factor = g[..., None, None]
         scaled = weights.mul_(factor) if g.shape == weights.shape[:-2] else weights * factor
         out = sum_to(scaled, to, 2)
-        if left is None or right is None:
-            return out
-        if left.dim() == right.dim() == 2:
-            return out.addmm_(left, right.mT)
-        return out.add_(outer_to(left, right, to))
+        return out if left is None or right is None else add_outer_(out, left, right)
 
     # --- second derivatives ------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ U = "U = M ⊗ K + I ⊗ Sigma"
 def eigen(M: Tensor) -> tuple[Tensor, Tensor]:
     """M = P Diag(s) Pᵀ with rounding below zero removed: (s, P)."""
     s, P = _eigh(M, M=M)
-    return rounded(s), P.contiguous()
+    return rounded(s), P
 
 
 # The native kernel's storage; beyond it a call of LAPACK is the cheaper one anyway.

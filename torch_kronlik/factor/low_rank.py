@@ -26,7 +26,10 @@ def eigen_low_rank(M: Tensor, max_rank: int, padded: bool) -> tuple[Tensor, Tens
     F, rank = pivoted_cholesky(M, max_rank)
     found = [int(r) for r in rank.flatten().tolist()]
     if any(r < 0 for r in found):
-        return eigen(M) if padded else (M[..., 0, :0].clone(), M[..., :0, :0].clone())
+        if not padded:
+            return M[..., 0, :0].clone(), M[..., :0, :0].clone()
+        s, P = eigen(M)
+        return s, P.contiguous()
     r = max_rank if padded else max(found, default=0)
     # F = Q C: the factor C keeps the small eigenvalues that FᵀF would lose.
     Q, C = torch.linalg.qr(F[..., :r])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..ops import kron_diag
-from .batch import Shape, outer_to, sum_to, symmetric
+from .batch import Shape, add_outer_, sum_to, symmetric
 
 __all__ = ["Spectral"]
 
@@ -106,11 +106,12 @@ class Spectral(NamedTuple):
         P = self.P.expand(X.shape)
         if left is None or right is None:
             out = X @ P.mT
-        elif left.shape[:-2] == X.shape[:-2]:
+        elif low and left.shape[:-2] == X.shape[:-2]:
+            # One pass over the result; the factors are small here.
             right = right.expand(*X.shape[:-2], *right.shape[-2:])
             out = torch.cat([X, left], -1) @ torch.cat([P, right], -1).mT
         else:
-            out = X @ P.mT + outer_to(left, right, to)
+            out = add_outer_(X @ P.mT, left, right)
         if low:
             out.diagonal(dim1=-2, dim2=-1).add_(outside)
         return out
