@@ -230,3 +230,13 @@ def test_indefinite_by_unsorted_eigenvalues() -> None:
     s, P = torch.tensor([1.0, -1e3, 2.0, 3.0]).double(), torch.eye(4).double()
     with pytest.raises((ValueError, torch.linalg.LinAlgError)):  # type: ignore[attr-defined]
         tk.kron_solve(tk.SymmetricEigen(s, P), p.K, p.Y, **p.noise)
+
+
+def test_a_number_of_samples_is_no_shape() -> None:
+    p = make_problem(4, 3)
+    expected = r"sample_shape must be a sequence of ints, such as \(5,\), got 5"
+    with pytest.raises(TypeError, match=expected):
+        tk.KroneckerPlusNoise(p.M, p.K, **p.noise).sample(5)  # type: ignore[arg-type]
+    posterior = tk.condition(p.Y, p.M, p.K, p.M[:2], p.M[:2, :2], **p.noise)
+    with pytest.raises(TypeError, match=expected):
+        posterior.rsample(5)  # type: ignore[arg-type]

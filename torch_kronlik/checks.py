@@ -17,6 +17,7 @@ __all__ = [
     "check_floating",
     "check_noise",
     "check_rows",
+    "check_sample_shape",
     "check_square",
     "check_uniform",
 ]
@@ -103,6 +104,11 @@ def check_rows(name: str, Y: Tensor, T: int) -> None:
         raise ValueError(
             f"{name} must have shape (*batch, T, D) with T = {T} (from M), got {tuple(Y.shape)}"
         )
+
+
+def check_sample_shape(shape: Sequence[int]) -> None:
+    if isinstance(shape, int):
+        raise TypeError(f"sample_shape must be a sequence of ints, such as ({shape},), got {shape}")
 
 
 def check_broadcast(**batches: Sequence[int]) -> torch.Size:

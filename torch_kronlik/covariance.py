@@ -16,6 +16,7 @@ from .checks import (
     check_data,
     check_eigenvalues,
     check_noise,
+    check_sample_shape,
     check_square,
     check_uniform,
 )
@@ -253,6 +254,7 @@ class KroneckerPlusNoise:
 
         Cost: O(T²·D + T·D²) a draw after the factorisation.
         """
+        check_sample_shape(sample_shape)
         shape = (*sample_shape, *self.batch_shape, *self.event_shape)
         noise = torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
         return self._finite(root_matmul(self._spectral(), noise))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import full_precision
-from ..checks import check_broadcast, check_uniform
+from ..checks import check_broadcast, check_sample_shape, check_uniform
 from ..covariance import KroneckerPlusNoise
 from ..factor.batch import symmetric
 from ..likelihood import gaussian_nll
@@ -180,6 +180,7 @@ class KroneckerPosterior:
         Cost: O((T + S)³) for the first draw, then O((T + S)²·D + (T + S)·D²) for each.
         Source: Wilson et al. 2020.
         """
+        check_sample_shape(sample_shape)
         joint, (T, D) = self._joint("rsample"), self.U.event_shape
         white = self._normal(
             (*sample_shape, *self.batch_shape, T + self.event_shape[0], D), generator
