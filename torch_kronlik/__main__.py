@@ -32,6 +32,7 @@ def print_build() -> None:
     print(f"torch_kronlik {tk.__version__}, torch {torch.__version__}, {sys.platform}")
     native = torch.ops.torch_kronlik
     print(f"CPU kernels: loaded, running those for {native.cpu_instruction_set()}")
+    print(f"LAPACK: {'called directly' if ops.HAS_LAPACK else 'through torch.linalg'}")
     if ops.cuda_library() is None:
         print("CUDA kernels: not built")
     else:
