@@ -219,10 +219,9 @@ def report_grid(largest: int, settings: Settings) -> None:
         measured.append(m)
         print(" | ".join(grid_row(m, peers)), flush=True)
     settings.output.mkdir(parents=True, exist_ok=True)
-    table = grid_table(measured, peers)
-    (settings.output / "likelihood.md").write_text(f"{_machine(settings)}\n\n{table}\n")
+    report = [_machine(settings), grid_table(measured, peers), _choices(measured)]
+    (settings.output / "likelihood.md").write_text("\n\n".join(report) + "\n")
     plot([m for m in measured if m.case in curves(largest)], settings.output / "likelihood.png")
-    print("\n" + _choices(measured))
 
 
 def _choices(measured: list[Measured]) -> str:
