@@ -64,3 +64,14 @@ def test_indefinite_matrices_are_still_refused() -> None:
     M = rounded_rbf(128, torch.float64, 0)
     M[3, 5] = M[5, 3] = M[3, 5] + 1e-8
     assert int(pivoted_cholesky(M, 64)[1]) == -1
+
+
+@pytest.mark.parametrize("eps", [5.0, 20.0, 60.0])
+def test_a_small_multiple_of_the_identity_is_part_of_M(eps: float, dtype: torch.dtype) -> None:
+    """As it is added to many a kernel's diagonal: no rounding, though not much larger."""
+    jitter = eps * torch.finfo(dtype).eps
+    M = make_problem(200, 1, kind="rbf", dtype=torch.float64).M + jitter * torch.eye(200).double()
+    U = tk.KroneckerPlusNoise(
+        M.to(dtype), torch.eye(2, dtype=dtype), log_noise=torch.full((2,), -7.0, dtype=dtype)
+    )
+    assert U.method_used != "low_rank"

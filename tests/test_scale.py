@@ -194,3 +194,15 @@ def test_long_and_wide(T: int, D: int, method: str) -> None:
     u = 1 + s.detach().exp()
     expected = s.detach().exp() * (T / u - (p.Y / u).square().sum(0)) / 2
     torch.testing.assert_close(g, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_data_that_share_a_cholesky_factor_are_columns_of_one_solve() -> None:
+    """A triangular solve with a batch would copy the factor out to it."""
+    p = make_problem(5, 3, batch={"Y": (4, 2), "M": (), "K": (), "noise": ()})
+    with Recorder() as recorded:
+        tk.kron_solve(p.M, p.K, p.Y, **p.noise, method="cholesky")
+    assert set(recorded.shapes("linalg_solve_triangular")) == {(5, 8)}
+    p = make_problem(5, 3, batch={"Y": (4, 2), "M": (4, 1), "K": (), "noise": ()})
+    with Recorder() as recorded:
+        tk.kron_solve(p.M, p.K, p.Y, **p.noise, method="cholesky")
+    assert set(recorded.shapes("linalg_solve_triangular")) == {(4, 5, 2)}

@@ -53,6 +53,14 @@ def test_data_that_do_not_fit() -> None:
         eigen.decouple(torch.zeros(2, 4))
     with pytest.raises(TypeError, match="Y"):
         eigen.decouple(torch.zeros(3, 4, dtype=torch.float64))
+    with pytest.raises(
+        ValueError, match=r"the batch shapes must broadcast, got Y \(2,\), M \(3,\)"
+    ):
+        tk.symmetric_eigen(torch.eye(3).expand(3, 3, 3)).decouple(torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match=r"M.eigenvectors must be finite"):
+        tk.SymmetricEigen(torch.ones(3), torch.full((3, 3), torch.nan)).decouple(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"M.eigenvalues must have shape \(3,\)"):
+        tk.SymmetricEigen(torch.ones(5), torch.eye(3)).decouple(torch.zeros(3, 4))
 
 
 @pytest.mark.parametrize("method", ["auto", "spectral", "cholesky", "low_rank"])

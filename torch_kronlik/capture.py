@@ -11,7 +11,7 @@ __all__ = ["is_captured"]
 def is_captured(x: Tensor) -> bool:
     """Whether what is done to ``x`` goes into a CUDA graph.
 
-    Checks of values are then left out: what they would have raised for is a NaN in the result of
-    the replay.
+    Checks of values are then left out: what they would have raised for makes the result of the
+    replay not finite.
     """
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

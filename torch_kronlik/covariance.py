@@ -59,7 +59,8 @@ class KroneckerPlusNoise:
         TypeError, ValueError: an argument's type, dtype, device or shape does not fit.
 
     The operations raise ValueError for an argument that is not finite and
-    ``torch.linalg.LinAlgError`` where Sigma or U is not positive definite.
+    ``torch.linalg.LinAlgError`` where Sigma or U is not positive definite. An M whose negative
+    eigenvalues are within rounding (T·eps times the largest one) may pass for semidefinite.
 
     Cost: O(T³ + D³) for the factorisation, O(T²·D + T·D²) for a solve; memory O(T² + T·D + D²).
     Source: Rakitsch, Lippert, Borgwardt, Stegle 2013.

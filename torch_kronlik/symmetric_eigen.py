@@ -8,8 +8,17 @@ import torch
 from torch import Tensor
 
 from .autocast import full_precision
-from .checks import check_floating, check_rows, check_square, check_uniform
+from .checks import (
+    check_broadcast,
+    check_constant,
+    check_eigenvalues,
+    check_floating,
+    check_rows,
+    check_square,
+    check_uniform,
+)
 from .rules.factorise import constant_eigen
+from .rules.finite import finite
 
 __all__ = ["SymmetricEigen", "symmetric_eigen"]
 
@@ -47,7 +56,7 @@ class SymmetricEigen(NamedTuple):
             of size 1 behind it.
 
         Raises:
-            TypeError, ValueError: Y does not fit.
+            TypeError, ValueError: Y does not fit, or is not finite.
 
         Cost: O(T²·D), once; O(T·D² + D³) for each value and gradient in K and the noise.
 
@@ -58,9 +67,14 @@ class SymmetricEigen(NamedTuple):
         """
         s, P = self
         check_uniform(**{"M.eigenvectors": P, "M.eigenvalues": s, "Y": Y})
+        check_square("M.eigenvectors", P, "T")
+        check_eigenvalues(s, P)
+        check_constant(s, P)
         check_rows("Y", Y, P.shape[-1])
+        check_broadcast(Y=Y.shape[:-2], M=P.shape[:-2])
         rows = SymmetricEigen(s[..., None], torch.ones_like(s)[..., None, None])
-        return rows, (P.mT @ Y)[..., :, None, :]
+        named = {"Y": Y, "M.eigenvalues": s, "M.eigenvectors": P}
+        return rows, finite(P.mT @ Y, **named)[..., :, None, :]
 
 
 @full_precision

@@ -99,25 +99,27 @@ KRON_CLONES bool is_positive_semidefinite(const Work<T>& w, int64_t rank, double
 }
 
 struct Diagonal {
-  double trace = 0, largest = -1;  // of the absolute values, and of the values
-  int64_t pivot = 0;               // where it is the largest, the first of equals
+  double sum = 0, absolute = 0, largest = -1;
+  int64_t pivot = 0;  // where it is the largest, the first of equals
 };
 
 KRON_CLONES Diagonal diagonal_of(const std::vector<double>& rest) {
   Diagonal d;
-  double trace[kTile] = {};
+  double sum[kTile] = {}, absolute[kTile] = {};
   for (size_t first = 0; first < rest.size(); first += kTile) {
     const double* tile = rest.data() + first;
     double largest = -1;
     for (int64_t i = 0; i < kTile; ++i) {
-      trace[i] += std::fabs(tile[i]);
+      sum[i] += tile[i];
+      absolute[i] += std::fabs(tile[i]);
       largest = tile[i] > largest ? tile[i] : largest;
     }
     if (!(largest > d.largest)) continue;
     d.largest = largest;
     d.pivot = static_cast<int64_t>(first) + (std::find(tile, tile + kTile, largest) - tile);
   }
-  for (double x : trace) d.trace += x;
+  for (double x : sum) d.sum += x;
+  for (double x : absolute) d.absolute += x;
   return d;
 }
 
@@ -132,7 +134,7 @@ int64_t factorise(Work<T>& w) {
   std::vector<double> pivot_row(w.c.max_rank);
   Rest rest{tolerance};
   for (int64_t k = 0;; ++k, d = diagonal_of(w.rest)) {
-    if (rest.is_rounding(k, d.trace)) {
+    if (rest.is_rounding(k, d.sum, d.absolute)) {
       return is_positive_semidefinite(w, k, product_tolerance(n, tolerance)) ? k : -1;
     }
     if (k == w.c.max_rank || !(d.largest > 0)) return -1;

@@ -83,6 +83,7 @@ void factorise(const ShiftedCholesky& c, const T* m, const T* lam, T* L, T* logd
     strips(c.T, kRows, [&](int64_t begin, int64_t end) { fill(own, c, own_lam, begin, end, to); });
     status[item] = potrf(to, static_cast<int>(c.T));
     logdet[item] = static_cast<T>(log_diagonal(to, c.T));
+    if (!std::isfinite(logdet[item])) status[item] = 1;
   });
 }
 
@@ -152,7 +153,8 @@ std::tuple<Tensor, Tensor, Tensor> shifted_inverses(const Tensor& L, const Tenso
   const Sizes batch = shifted_batch(M, lam);
   const ShiftedCholesky c = shifted_cholesky_of(M, lam, batch);
   const Tensor factors = torch::stable::contiguous(L);
-  STD_TORCH_CHECK(factors.numel() == product(batch) * c.n * c.T * c.T,
+  check_alike(L, M, "shifted_inverses");
+  STD_TORCH_CHECK(batch_sizes(L, 0) == concat(batch, {c.n, c.T, c.T}),
                   "shifted_inverses: L does not fit");
   Tensor rows = torch::stable::new_zeros(M, concat(batch, {c.T, c.T}));
   Tensor with_M = torch::stable::new_empty(M, concat(batch, {c.n}));

@@ -113,15 +113,17 @@ __device__ int64_t factorise(const PivotedCholesky& c, const Matrix<T>& x) {
   if (!isfinite(tolerance)) return -1;
   Rest rest{tolerance};
   for (int64_t k = 0;; ++k) {
-    double trace = 0;
+    double sum = 0, absolute = 0;
     Pivot mine{0, 0};
     for (int64_t i = threadIdx.x; i < c.T; i += kThreads) {
-      trace += fabs(x.rest[i]);
+      sum += x.rest[i];
+      absolute += fabs(x.rest[i]);
       if (x.rest[i] > mine.rest) mine = Pivot{x.rest[i], i};
     }
-    trace = block_total(trace);
+    sum = block_total(sum);
+    absolute = block_total(absolute);
     const Pivot p = block_largest(mine);
-    if (rest.is_rounding(k, trace)) {
+    if (rest.is_rounding(k, sum, absolute)) {
       return large_products(c, x, k, product_tolerance(c.T, tolerance)) == 0 ? k : -1;
     }
     if (k == c.max_rank || !(p.rest > 0)) return -1;

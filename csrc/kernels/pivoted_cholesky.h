@@ -7,8 +7,9 @@
 //
 // The entries of M are rounded themselves (a kernel's by several eps, after its distances), which
 // no factor of low rank can follow: there the rest stays at some 3 to 20 T eps max M_ii, indefinite
-// and within the rounding of an eigendecomposition, T eps |M|. It is taken for that where it has
-// come near the tolerance and does not fall any more.
+// and no further from M than what an eigendecomposition rounds away. It is taken for that where it
+// has come near the tolerance, does not fall any more, and has no positive trace: that would be a
+// part of M, such as a multiple of I on its diagonal.
 
 #include <cmath>
 #include <limits>
@@ -37,17 +38,19 @@ struct Rest {
   double tolerance;
   double earlier[kColumns] = {};
 
-  // Whether it is rounding, given its trace after k = 0, 1, 2, … columns.
-  KRON_HD bool is_rounding(int64_t k, double trace) {
+  // Whether it is rounding, given the sums of its diagonal, with signs and of the absolute values,
+  // after k = 0, 1, 2, … columns.
+  KRON_HD bool is_rounding(int64_t k, double sum, double absolute) {
     const double before = earlier[k % kColumns];
-    earlier[k % kColumns] = trace;
-    if (trace <= tolerance) return true;
-    return k >= kColumns && trace <= kNear * tolerance && 2 * trace > before;
+    earlier[k % kColumns] = absolute;
+    if (absolute <= tolerance) return true;
+    return k >= kColumns && absolute <= kNear * tolerance && 2 * absolute > before &&
+           sum <= tolerance;
   }
 };
 
-// The tolerance on an entry of E v: |E v|_i <= sqrt(E_ii) Σ_j sqrt(E_jj) <= sqrt(T) tr E, and
-// rounding in F Fᵀ of the same order.
+// The tolerance on an entry of E v: |E v|_i <= sqrt(E_ii) Σ_j sqrt(E_jj) <= sqrt(T) tr E for a
+// semidefinite E, and rounding in M and in F Fᵀ of the same order.
 KRON_HD double product_tolerance(int64_t size, double trace_tolerance) {
   return 8 * std::sqrt(static_cast<double>(size)) * trace_tolerance;
 }

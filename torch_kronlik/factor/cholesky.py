@@ -194,10 +194,19 @@ class Cholesky(NamedTuple):
 
 
 def _cholesky_solve(L: Tensor, y: Tensor) -> Tensor:
-    """(L Lᵀ)⁻¹ y; ``torch.cholesky_solve`` copies the factor."""
-    half = torch.linalg.solve_triangular(L, y, upper=False)
-    solved: Tensor = torch.linalg.solve_triangular(L.mT, half, upper=True)
-    return solved
+    """(L Lᵀ)⁻¹ y for y (*batch, T, 1). Data that share a factor are columns of one solve, for which
+    torch would copy it out otherwise."""
+    y = y.reshape((1,) * (L.dim() - y.dim()) + y.shape)
+    lead, batch = y.dim() - L.dim(), range(y.dim() - 2)
+    shared = [i for i in batch if i < lead or L.shape[i - lead] == 1]
+    kept = [i for i in batch if i not in shared]
+    order = [*kept, y.dim() - 2, *shared, y.dim() - 1]
+    own = L.reshape(*(L.shape[i - lead] for i in kept), *L.shape[-2:])
+    moved = y.permute(order)
+    half = torch.linalg.solve_triangular(own, moved.flatten(len(kept) + 1), upper=False)
+    solved: Tensor = torch.linalg.solve_triangular(own.mT, half, upper=True)
+    whole = solved.reshape(*solved.shape[:-1], *moved.shape[len(kept) + 1 :])
+    return whole.permute([order.index(i) for i in range(y.dim())])
 
 
 def _stack(values: Sequence[Tensor]) -> Tensor:
