@@ -61,15 +61,16 @@ class Costs(NamedTuple):
 # Measured on two cores with AVX-512, float64, value and gradients.
 # Rank T/8 costs a few hundredths of what the full-rank routes take, and rank 64 at T = 256 0.08 ms
 # against 0.7 for one Cholesky factor with its inverse and 2 for the eigendecomposition.
-# Spectral to Cholesky route with six non-zero λ_j: 1.2, 1.2, 1.4, 1.0 times at T = 150, 256, 512,
-# 1000; with seven 1.0, 0.95, 1.1. Each λ_j is a T×T matrix of memory, too.
+# Spectral to Cholesky route with five non-zero λ_j: 1.3, 1.1, 1.6 times at T = 150, 256, 512; with
+# six 1.2, 1.2, 1.4, and 1.0 at 1000; with seven 1.0, 0.95, 1.1. Each λ_j is a T×T matrix of memory
+# too, and with six they would be eight in all, as much as a large problem is to take.
 # One native call at T = 128, D = 4: 0.6 ms against 1.1 (smooth M) and 1.8 (rough); in batches of 32
 # 0.36 ms each against 0.31 and 1.1, and with T the general routes win on smooth M.
 CPU = Costs(
     smallest_low_rank=96,
     rank_fraction=8,
     easy_rank=64,
-    eigh_in_choleskys=6.5,
+    eigh_in_choleskys=5.5,
     small_T=128,
     small_D=16,
 )
