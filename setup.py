@@ -26,7 +26,7 @@ HOST = [
 ]
 # torch's headers as system headers, so that warnings are about this project's code.
 CXX = ["-g0", *COMMON, *HOST, *(f"-isystem{path}" for path in cpp_extension.include_paths())]
-NVCC = [*COMMON, *(f"-Xcompiler={flag}" for flag in (*HOST, "-Wno-unused-parameter"))]
+NVCC = [*COMMON, "-lineinfo", *(f"-Xcompiler={flag}" for flag in (*HOST, "-Wno-unused-parameter"))]
 DEFAULT_ARCHS = "8.0;9.0+PTX"
 
 

@@ -1,10 +1,11 @@
 """Everything on a GPU in one command, under ten minutes: build, checks, sanitizer, floors, times.
 
-    python benchmarks/gpu.py [--device cuda] [--quick] [--check-only] [--output table.md]
+    python benchmarks/gpu.py [--device cuda] [--quick] [--check-only | --times-only]
+        [--output table.md]
 
-Builds the native libraries where they are missing, checks every kernel against float64 references,
-runs the small ones once more under compute-sanitizer where that is installed, then times against
-the peers and the floors measured in the same run. Contestants take turns; numbers are medians.
+Builds the native libraries, checks every kernel against float64 references, runs the small ones
+once more under compute-sanitizer where that is installed, then times against the peers and the
+floors measured in the same run. Contestants take turns; numbers are medians.
 ``--device cpu --quick`` tries the script itself.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,13 +26,13 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SANITIZERS = ("memcheck", "racecheck")
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
 ROUTES = ["T", "D", "spectral", "cholesky", "T/8 sought", "rank found"]
 
 
-def build_if_needed(device: str) -> None:
-    needed = ["_C"] if device == "cpu" else ["_C", "_C_cuda"]
-    if all(list((ROOT / "torch_kronlik").glob(f"{name}.*")) for name in needed):
+def build(device: str) -> None:
+    """Compiles what has changed; on a CPU, where nothing is there."""
+    if device == "cpu" and list((ROOT / "torch_kronlik").glob("_C.*")):
         return
     print("building the native libraries", flush=True)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
@@ -48,17 +50,27 @@ def sanitize(device: str, seconds: float) -> list[str]:
     for kind in SANITIZERS:
         command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable]
         command += [str(HERE / "gpu_checks.py"), "--device", device, "--small"]
-        try:
-            done = subprocess.run(
-                command, env=env, timeout=seconds, capture_output=True, text=True, check=False
-            )
-        except subprocess.TimeoutExpired:
-            found.append(f"compute-sanitizer {kind}: no fault in {seconds:.0f} s, not finished")
-            continue
-        last = (done.stdout + done.stderr).strip().splitlines()[-12:]
-        words = "clean" if done.returncode == 0 else "FAULT\n" + "\n".join(last)
-        found.append(f"compute-sanitizer {kind}: {words}")
+        found.append(f"compute-sanitizer {kind}: {outcome(command, env, seconds)}")
     return found
+
+
+def outcome(command: list[str], env: dict[str, str], seconds: float) -> str:
+    """Of a command that is stopped after so many seconds, with all that it has started."""
+    child = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+    try:
+        told, _ = child.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        return f"no fault in {seconds:.0f} s, not finished"
+    if child.returncode == 0:
+        return "clean"
+    if "Device not supported" in told:
+        return "refused by this machine"
+    lines = told.strip().splitlines()
+    first = [line for line in lines if line.startswith("=========")][:40]
+    return "\n".join(["FAULT", *first, *lines[-6:]])
 
 
 def describe(device: str) -> str:
@@ -119,18 +131,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--check-only", action="store_true")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--check-only", action="store_true")
+    part.add_argument("--times-only", action="store_true")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     start = time.perf_counter()
     sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    build_if_needed(options.device)
+    build(options.device)
     report = Report(options.output)
     report.add(describe(options.device))
-    report.add(checked(options.device))
-    for line in sanitize(options.device, seconds=90):
-        report.add(line)
+    if not options.times_only:
+        report.add(checked(options.device))
+        for line in sanitize(options.device, seconds=90):
+            report.add(line)
     if not options.check_only:
         times(report, options.device, options.quick)
     report.add(f"\n{time.perf_counter() - start:.0f} s in all")

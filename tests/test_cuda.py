@@ -23,7 +23,6 @@ from test_small import (  # noqa: F401  the same tests, on the device
     test_every_batch_pattern,
     test_every_kind,
     test_every_memory_layout,
-    test_every_size,
     test_same_bits_whatever_shares_the_lanes,
 )
 from torch import Tensor
@@ -31,6 +30,7 @@ from torch.distributions import kl_divergence
 
 import torch_kronlik as tk
 from torch_kronlik import ops
+from torch_kronlik.factor import plan
 
 each_noise = pytest.mark.parametrize("noise", NOISES)
 LONG = 100_000_000  # clock cycles: some 50 ms
@@ -126,16 +126,25 @@ def test_kernels_return_before_they_are_done(device: torch.device) -> None:
     torch.cuda.synchronize(device)
 
 
+# ---------------------------------------------------------------- small problems
+
+
+@each_noise
+@pytest.mark.parametrize("size", [size for size in small.SIZES if plan.CUDA.fits_small(*size)])
+def test_every_small_size(size: tuple[int, int], noise: str, dtype: torch.dtype) -> None:
+    small.test_every_size(size, noise, dtype)
+
+
 # ---------------------------------------------------------------- waiting for the device
 
 
 def waits(f: Callable[[], object]) -> int:
     """How often f makes the host wait for a result."""
     f()
-    torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")  # which warns itself, once
             f()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -14,4 +14,7 @@ def is_captured(x: Tensor) -> bool:
     Checks of values are then left out: what they would have raised for makes the result of the
     replay not finite.
     """
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not x.is_cuda:
+        return False
+    with torch.cuda.device(x.device):  # the stream that is asked about is this device's
+        return torch.cuda.is_current_stream_capturing()

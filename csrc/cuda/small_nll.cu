@@ -253,6 +253,7 @@ constexpr int blocks_at_once() {
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads, (blocks_at_once<T, N>()))
     small_problems(SmallNll s, Pointers<T> t, bool gradients) {
+  static_assert(sizeof(Shared<T, N>) <= 48 * 1024, "more than a block has by itself");
   __shared__ Shared<T, N> sh;
   const int64_t b = blockIdx.x, n = s.T, D = s.D;
   const T *m = t.m + s.m_batch.offset(b), *y = t.y + s.y_batch.offset(b);

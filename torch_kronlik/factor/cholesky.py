@@ -44,8 +44,8 @@ def _is_native(M: Tensor) -> bool:
 
 
 def _factors_by_torch(M: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each is factorised where it is stored. LAPACK counts by columns: to it, a lower triangle
-    stored by rows is an upper one."""
+    """Each is factorised where it is stored, where there is no batch. LAPACK counts by columns: to
+    it, a lower triangle stored by rows is an upper one."""
     n, T = lam.shape[-1], M.shape[-1]
     batch = broadcast(M.shape[:-2], lam.shape[:-1])
     L = M.new_empty((*batch, n, T, T))
