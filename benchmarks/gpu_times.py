@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -143,14 +142,9 @@ class Bench:
 
     def against(self, case: Case, name: str, peer: Callable[..., Tensor], target: float = 0) -> Row:
         inputs = moved(case, self.device)
-
-        def theirs() -> object:
-            # two of the peers make tensors of their own
-            with torch.device(self.device) if name != "batched eigh" else nullcontext():
-                return gradients(peer, *inputs)
-
+        steps = [partial(gradients, f, *inputs) for f in (tk.kron_gaussian_nll, peer)]
         try:
-            turns = self.race(partial(gradients, tk.kron_gaussian_nll, *inputs), theirs)
+            turns = self.race(*steps)
         except RuntimeError as error:  # out of memory, or a matrix that a peer finds indefinite
             return [f"{case}", "", "", "", f"{name}: {type(error).__name__}", ""]
         ms, other = (statistics.median(x) for x in zip(*turns, strict=True))

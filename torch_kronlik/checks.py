@@ -11,9 +11,8 @@ from .factor.batch import broadcast
 
 __all__ = [
     "check_broadcast",
-    "check_constant",
     "check_data",
-    "check_eigenvalues",
+    "check_eigen",
     "check_floating",
     "check_noise",
     "check_rows",
@@ -58,15 +57,14 @@ def check_square(name: str, X: Tensor, letter: str, size: int | None = None) -> 
         )
 
 
-def check_eigenvalues(s: Tensor, P: Tensor) -> None:
+def check_eigen(s: Tensor, P: Tensor) -> None:
+    """Eigenvalues and eigenvectors of M that fit together and are constants."""
+    check_uniform(**{"M.eigenvectors": P, "M.eigenvalues": s})
     if s.shape != P.shape[:-1]:
         raise ValueError(
             f"M.eigenvalues must have shape {tuple(P.shape[:-1])} to go with eigenvectors of shape "
             f"{tuple(P.shape)}, got {tuple(s.shape)}"
         )
-
-
-def check_constant(s: Tensor, P: Tensor) -> None:
     if s.requires_grad or P.requires_grad:
         name = "M.eigenvalues" if s.requires_grad else "M.eigenvectors"
         raise ValueError(

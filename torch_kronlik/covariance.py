@@ -12,9 +12,8 @@ from torch import Tensor
 from .autocast import full_precision
 from .checks import (
     check_broadcast,
-    check_constant,
     check_data,
-    check_eigenvalues,
+    check_eigen,
     check_noise,
     check_sample_shape,
     check_square,
@@ -86,9 +85,7 @@ class KroneckerPlusNoise:
         check_square("M", self._rows, "T")
         check_square("K", K, "D")
         if isinstance(M, SymmetricEigen):
-            check_uniform(**{"M.eigenvectors": M.eigenvectors, "M.eigenvalues": M.eigenvalues})
-            check_eigenvalues(M.eigenvalues, M.eigenvectors)
-            check_constant(M.eigenvalues, M.eigenvectors)
+            check_eigen(M.eigenvalues, M.eigenvectors)
         check_noise(K, Sigma, log_noise)
         self._noise_batch = Sigma.shape[:-2] if log_noise is None else log_noise.shape[:-1]  # type: ignore[union-attr]
         self.batch_shape = check_broadcast(

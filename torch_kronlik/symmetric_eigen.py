@@ -10,8 +10,7 @@ from torch import Tensor
 from .autocast import full_precision
 from .checks import (
     check_broadcast,
-    check_constant,
-    check_eigenvalues,
+    check_eigen,
     check_floating,
     check_rows,
     check_square,
@@ -66,10 +65,9 @@ class SymmetricEigen(NamedTuple):
         torch.Size([3, 1, 2])
         """
         s, P = self
-        check_uniform(**{"M.eigenvectors": P, "M.eigenvalues": s, "Y": Y})
+        check_uniform(**{"M.eigenvectors": P, "Y": Y})
         check_square("M.eigenvectors", P, "T")
-        check_eigenvalues(s, P)
-        check_constant(s, P)
+        check_eigen(s, P)
         check_rows("Y", Y, P.shape[-1])
         check_broadcast(Y=Y.shape[:-2], M=P.shape[:-2])
         rows = SymmetricEigen(s[..., None], torch.ones_like(s)[..., None, None])
