@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from devices import KERNELS
 from problems import Problem, relayout
 from torch import Tensor
 from torch.autograd import grad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_kronlik as tk
-from torch_kronlik import reference
+from torch_kronlik import ops, reference
 from torch_kronlik.factor.plan import METHODS
 
 ROUTES = [m for m in METHODS if m != "auto"]
@@ -80,6 +81,21 @@ MATMUL = Function(
 ALL = {**FUNCTIONS, "kron_matmul": MATMUL}
 
 
+def kernels(p: Problem) -> list[Tensor]:
+    """The results of every native operator that each device has."""
+    (noise,) = p.noise.values()
+    full = "Sigma" in p.noise
+    lam, R, logdet, _ = ops.whiten_small(p.K, noise, full)
+    s = p.M.diagonal(dim1=-2, dim2=-1).contiguous()
+    T = p.Y.shape[-2]
+    return [
+        *(x for x in ops.small_nll(p.Y, p.M, p.K, noise, full, True) if x.is_floating_point()),
+        lam, R, logdet, *ops.kron_diag_sums(s, lam), *ops.kron_diag_scale(s, lam, p.Y),
+        ops.pivoted_cholesky(p.M, T)[0], ops.block_diag_sum(p.M, T // 2),
+        ops.block_diag_expand(p.K, T),
+    ]  # fmt: skip
+
+
 # ---------------------------------------------------------------- problems
 
 
@@ -100,6 +116,10 @@ def double(p: Problem) -> Problem:
     return map_problem(torch.Tensor.double, p)
 
 
+def moved(p: Problem, device: torch.device | str) -> Problem:
+    return map_problem(lambda x: x.to(device), p)
+
+
 def laid_out(p: Problem, how: str) -> Problem:
     return map_problem(lambda x: relayout(x, how), p)
 
@@ -118,8 +138,9 @@ def symmetrised(p: Problem) -> Problem:
 
 def cotangents(results: Tensors, seed: int = 1) -> Tensors:
     """Random weights in float64, to be cast to the dtype of the results."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in results]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    like = {"dtype": torch.float64, "device": "cpu"}  # the same numbers on every device
+    drawn = [torch.randn(x.shape, generator=generator, **like) for x in results]
     return tuple(w.to(x.device) for w, x in zip(drawn, results, strict=True))
 
 
@@ -146,8 +167,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "torch_kronlik":
             with self:  # a mode is off while it handles a call: on again for the kernel's own calls
-                key = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-                out = func.redispatch(key, *args, **(kwargs or {}))
+                out = func.redispatch(KERNELS, *args, **(kwargs or {}))
         else:
             out = func(*args, **(kwargs or {}))
         results = out if isinstance(out, (tuple, list)) else (out,)

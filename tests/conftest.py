@@ -12,6 +12,7 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 import pytest
 import torch
+from cuda_emulation import device as emulated_device
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -43,14 +44,20 @@ TOLERANCES = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="device of the tensors: cpu or cuda")
+    about = "device of the tensors: cpu, cuda, or emulated (tests/cuda_emulation/device.cpp)"
+    parser.addoption("--device", default="cpu", help=about)
     parser.addoption("--dtype", default="both", choices=[*DTYPES, "both"])
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "emulated":
+        emulated_device.start()
     device = torch.device(config.getoption("--device"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device=cuda: torch sees no CUDA device")
+    if device.type != "cpu":
+        # where tests make tensors; the library says for each of its own: test_beside_the_cpu.py
+        torch.set_default_device(device)
     # torch's own modules (forward mode, vmap) call it on import: nothing a user of them can change.
     for category in ("DeprecationWarning", "FutureWarning"):
         ignored = f"ignore:`?torch.jit.*` is deprecated:{category}"
@@ -58,9 +65,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """What only a GPU can show is no skipped test elsewhere."""
-    on_gpu = torch.device(config.getoption("--device")).type == "cuda"
-    return True if collection_path.name == "test_cuda.py" and not on_gpu else None
+    """What belongs to one kind of device is no skipped test elsewhere."""
+    kind, name = torch.device(config.getoption("--device")).type, collection_path.name
+    if name == "test_cuda.py":
+        return True if kind != "cuda" else None
+    if name == "test_beside_the_cpu.py":
+        return True if kind == "cpu" else None
+    of_cpu = name.startswith(("test_examples", "test_cuda_emulated")) or (
+        name.endswith(".py") and not name.startswith("test_")  # examples in docstrings
+    )
+    return True if of_cpu and kind != "cpu" else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

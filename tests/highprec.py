@@ -99,4 +99,4 @@ def _diagonal_matrix(entries: Array) -> Array:
 
 
 def _float64(x: Any) -> Tensor:
-    return torch.from_numpy(np.asarray(x, dtype=object).astype(np.float64))
+    return torch.tensor(np.asarray(x, dtype=object).astype(np.float64))  # on the default device

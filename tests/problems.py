@@ -1,7 +1,8 @@
 """Problems to test on: (Y, M, K, noise) of every structure that has broken such code before.
 
 Tests import it as `from problems import make_problem`.  Numbers are drawn in float64 on the CPU and
-then converted, so one seed gives the same problem in every dtype and on every device.
+then converted, so one seed gives the same problem in every dtype and on every device: the one that
+is asked for, or the default one, which is that of the test run.
 """
 
 from __future__ import annotations
@@ -48,7 +49,12 @@ def spd(R: Tensor) -> Tensor:
 
 
 def _normal(shape: Batch, generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    """Standard normal float64, the same on every device."""
+    return _normal(shape, torch.Generator("cpu").manual_seed(seed)).to(torch.get_default_device())
 
 
 def _symmetric(X: Tensor) -> Tensor:
@@ -170,19 +176,27 @@ def make_problem(
     noise: str = "full",
     kind: str = "generic",
     dtype: torch.dtype = torch.float64,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     seed: int = 0,
 ) -> Problem:
     """A problem of size T, D; `batch` is one shape or one per argument, as in `BATCHES`."""
-    generator = torch.Generator().manual_seed(seed)
     shapes = batch if isinstance(batch, Mapping) else dict.fromkeys(("Y", "M", "K", "noise"), batch)
-    build = KINDS[kind]
+    place = device or torch.get_default_device()
+    with torch.device("cpu"):
+        Y, M, K, noise_kwargs = _draw(T, D, shapes, noise, KINDS[kind], seed)
+    cast = {name: tensor.to(place, dtype) for name, tensor in noise_kwargs.items()}
+    return Problem(Y.to(place, dtype), M.to(place, dtype), K.to(place, dtype), cast)
+
+
+def _draw(
+    T: int, D: int, shapes: Mapping[str, Batch], noise: str, build: Kind, seed: int
+) -> Problem:
+    generator = torch.Generator("cpu").manual_seed(seed)
     M = _symmetric(build.M(T, shapes["M"], generator) * build.factor_scale)
     K = _symmetric(build.K(D, shapes["K"], generator))
     noise_kwargs = _make_noise(D, shapes["noise"], noise, build, generator)
     Y = _normal((*shapes["Y"], T, D), generator)
-    cast = {name: tensor.to(device, dtype) for name, tensor in noise_kwargs.items()}
-    return Problem(Y.to(device, dtype), M.to(device, dtype), K.to(device, dtype), cast)
+    return Problem(Y, M, K, noise_kwargs)
 
 
 def _make_noise(
@@ -242,15 +256,16 @@ def make_roots(
     rank: int | None = None,
     batch: Batch = (),
     noise: str = "full",
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, ...]:
     """Unconstrained float64 leaves (Y, R_M, R_K, R_noise) for gradcheck; see `from_roots`."""
-    generator = torch.Generator().manual_seed(seed)
+    place = device or torch.get_default_device()
+    generator = torch.Generator("cpu").manual_seed(seed)
     R_noise: Batch = (D, D) if noise == "full" else (D,)
     shapes = [(T, D), (T, rank or T), (D, rank or D), R_noise]
     leaves = [_normal((*batch, *shape), generator) / 2 for shape in shapes]
-    return tuple(leaf.to(device).requires_grad_() for leaf in leaves)
+    return tuple(leaf.to(place).requires_grad_() for leaf in leaves)
 
 
 def from_roots(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from battery import ALL, from_leaves, leaves, map_problem
+from devices import DEVICE, not_emulated
 from problems import make_problem
 from torch import Tensor
 from torch.func import hessian
@@ -39,7 +40,7 @@ def function(name: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
 
 
 def region(half: torch.dtype, enabled: bool = True) -> Any:
-    return torch.autocast("cpu", dtype=half, enabled=enabled)
+    return torch.autocast(DEVICE.type, dtype=half, enabled=enabled)
 
 
 @each_half
@@ -99,6 +100,7 @@ def test_hessian_of_the_likelihood_inside_the_region(half: torch.dtype) -> None:
 
 
 @each_half
+@not_emulated("autocast casts nothing there")
 def test_compiled_inside_the_region(half: torch.dtype) -> None:
     p = make_problem(4, 2, dtype=torch.float32)
     net = torch.nn.Linear(2, 2)

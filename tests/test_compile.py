@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from battery import ALL, NOISES, from_leaves, leaves
+from devices import no_compiler
 from problems import make_problem
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -64,6 +65,7 @@ def test_one_graph_forward_and_backward(name: str, noise: str) -> None:
     assert counter.frame_count == 1
 
 
+@no_compiler
 def test_generated_code() -> None:
     """The default backend, which writes and compiles code."""
     f = total("kron_gaussian_nll", "diagonal")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from battery import FUNCTIONS, NOISES, ROUTES, double, laid_out, leaves, map_problem
+from devices import generator
 from problems import BATCHES, KINDS, LAYOUTS, Problem, condition_number, kinds_for, make_problem
 from torch import Tensor
 from torch.autograd import grad, gradcheck
@@ -195,7 +196,7 @@ def test_sample_shapes_and_generator(batch: str) -> None:
     p = make_problem(4, 3, batch=BATCHES[batch])
     U = covariance(p)
     assert U.sample().shape == (*U.batch_shape, 4, 3)
-    draws = [U.sample((5, 2), generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    draws = [U.sample((5, 2), generator=generator(seed)) for seed in (1, 1, 2)]
     assert draws[0].shape == (5, 2, *U.batch_shape, 4, 3)
     assert torch.equal(draws[0], draws[1])
     assert draws[0].numel() == 0 or not torch.equal(draws[0], draws[2])
@@ -213,8 +214,7 @@ def test_samples_are_differentiable(kind: str, noise: str, method: str) -> None:
         key = next(iter(p.noise))
         Sigma = (noise_argument + noise_argument.mT) / 2 if key == "Sigma" else noise_argument
         U = tk.KroneckerPlusNoise(M, K, **{key: Sigma}, method=method)
-        generator = torch.Generator().manual_seed(3)
-        sample: Tensor = U.sample((2,), generator=generator)
+        sample: Tensor = U.sample((2,), generator=generator(3))
         return sample
 
     inputs = tuple(x.requires_grad_() for x in (p.M, p.K, *p.noise.values()))

@@ -18,10 +18,12 @@ import gpytorch
 import pytest
 import torch
 from battery import Recorder
+from devices import no_sparse
 from gpytorch.distributions import MultitaskMultivariateNormal
 from gpytorch.likelihoods import MultitaskGaussianLikelihood as Parent
 from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy
 from linear_operator.operators import KroneckerProductLinearOperator
+from problems import normal
 from statsmodels.datasets import macrodata
 from torch import Tensor
 
@@ -97,10 +99,9 @@ DATA = {"synthetic": synthetic, "real": real}
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.5 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p))
+        for k, p in enumerate(model.parameters()):
+            p.add_(0.5 * normal(*p.shape, seed=100 * seed + k).to(p))
 
 
 def make(cls: Any, data: tuple[Tensor, ...], kernel: Any = None, **options: Any) -> Model:
@@ -509,6 +510,7 @@ def test_kernels_around_and_inside(kernel: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*[Ss]parse:UserWarning")
+@no_sparse
 def test_slices_of_an_evaluated_kernel() -> None:
     """With lazy evaluation off GPyTorch hands over slices of the joint covariance, no products."""
     data = synthetic(20, 3, 6)

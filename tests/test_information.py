@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from battery import NOISES, ROUTES
-from problems import BATCHES, Problem, condition_number, kinds_for, make_problem
+from devices import to_numpy
+from problems import BATCHES, Problem, condition_number, kinds_for, make_problem, normal
 from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 
@@ -30,7 +31,7 @@ each_noise = pytest.mark.parametrize("noise", NOISES)
 
 
 def symmetric_normal(n: int, seed: int) -> Tensor:
-    X = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    X = normal(n, n, seed=seed)
     return (X + X.mT) / 2
 
 
@@ -280,7 +281,7 @@ def test_fisher_at_high_precision(kind: str, noise: str, assert_close: Check) ->
 
 
 def exact(x: Tensor) -> Any:
-    return np.vectorize(mpmath.mpf, otypes=[object])(x.double().numpy())
+    return np.vectorize(mpmath.mpf, otypes=[object])(to_numpy(x.double()))
 
 
 # ---------------------------------------------------------------- parameters and results

@@ -8,6 +8,7 @@ import mpmath
 import pytest
 import torch
 from conftest import check_close
+from devices import opcheck
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -262,7 +263,7 @@ def test_vmap_of_grad(device):
 def test_opcheck(name, dtype, device):
     op, _ = OPS[name]
     args = [a.detach().to(dtype).requires_grad_() for a in inputs(name, device)]
-    torch.library.opcheck(op, tuple(args))
+    opcheck(op, tuple(args))
 
 
 def test_compile_is_one_graph(device):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from battery import NOISES, from_leaves, leaves
+from devices import to_numpy
 from problems import condition_number, dense_noise, kinds_for, make_problem
 from scipy import stats  # type: ignore[import-untyped]
 from torch.autograd import grad
@@ -29,8 +30,9 @@ each_route = pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", kinds_for(torch.float32))  # scipy refuses the others as singular
 def test_equals_scipy(kind: str, noise: str, method: str, assert_close: Check) -> None:
     p = make_problem(6, 3, kind=kind, noise=noise)
-    U = np.kron(p.M, p.K) + np.kron(np.eye(6), dense_noise(p))
-    expected = -stats.multivariate_normal(cov=U).logpdf(p.Y.reshape(-1))
+    M, K, Sigma, y = (to_numpy(x) for x in (p.M, p.K, dense_noise(p), p.Y.reshape(-1)))
+    U = np.kron(M, K) + np.kron(np.eye(6), Sigma)
+    expected = -stats.multivariate_normal(cov=U).logpdf(y)
     actual = tk.kron_gaussian_nll(p.Y, p.M, p.K, **p.noise, method=method)
     assert_close(actual, torch.tensor(expected), condition=condition_number(p), dims=0, floor=18.0)
 
@@ -41,7 +43,7 @@ def test_one_output_equals_scipy(noise: str, method: str) -> None:
     """D = 1: the ordinary Gaussian process likelihood."""
     p = make_problem(7, 1, noise=noise)
     cov = p.K[0, 0] * p.M + dense_noise(p)[0, 0] * torch.eye(7)
-    expected = -stats.multivariate_normal(cov=cov.numpy()).logpdf(p.Y[:, 0])
+    expected = -stats.multivariate_normal(cov=to_numpy(cov)).logpdf(to_numpy(p.Y[:, 0]))
     actual = tk.kron_gaussian_nll(p.Y, p.M, p.K, **p.noise, method=method)
     torch.testing.assert_close(actual.item(), float(expected))
 

@@ -221,5 +221,8 @@ def test_auto_is_one_of_the_routes(name: str) -> None:
     used = tk.KroneckerPlusNoise(p.M, p.K, **p.noise).method_used
     assert used in ROUTES
     assert "auto" in METHODS
-    pairs = zip(f.structured(p), f.structured(p, method=used), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    for a, b in zip(f.structured(p), f.structured(p, method=used), strict=True):
+        if name == "kron_gaussian_nll":  # "auto" has a kernel for small problems
+            torch.testing.assert_close(a, b)
+        else:
+            assert torch.equal(a, b)

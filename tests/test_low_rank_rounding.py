@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from battery import gradients
-from problems import Problem, condition_number, make_problem
+from problems import Problem, condition_number, make_problem, normal
 from torch import Tensor
 
 import torch_kronlik as tk
@@ -18,9 +18,8 @@ Check = Callable[..., None]
 
 def rounded_rbf(T: int, dtype: torch.dtype, seed: int, eps: float = 2.0) -> Tensor:
     """A Gram matrix whose entries are off by some eps, symmetrically."""
-    generator = torch.Generator().manual_seed(seed)
     M = make_problem(T, 1, kind="rbf", dtype=dtype, seed=seed).M
-    E = torch.randn(T, T, generator=generator, dtype=dtype).triu(1)
+    E = normal(T, T, seed=seed).to(dtype).triu(1)
     return M * (1 + eps * torch.finfo(dtype).eps * (E + E.mT))
 
 

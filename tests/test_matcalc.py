@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg  # type: ignore[import-untyped]
 import torch
+from devices import to_numpy
 from torch import Tensor
 
 from torch_kronlik import matcalc as mc
@@ -28,7 +29,7 @@ def same(actual: Tensor, expected: Tensor) -> None:
 
 def test_vec_stacks_columns_as_numpy_does_in_fortran_order() -> None:
     A = normal(3, 4)
-    same(mc.vec(A), torch.from_numpy(A.numpy().flatten(order="F")))
+    same(mc.vec(A), torch.tensor(to_numpy(A).flatten(order="F")))
     same(mc.unvec(mc.vec(A), 3), A)
 
 
@@ -52,7 +53,7 @@ def test_vech_and_duplication_matrix() -> None:
         same(torch.einsum("ij,bj->bi", D, mc.vech(S)), mc.vec(S))
         same(mc.unvech(mc.vech(S)), S)
         rows, columns = np.triu_indices(n)
-        assert mc.vech(S).tolist() == S.numpy()[:, columns, rows].tolist()
+        assert mc.vech(S).tolist() == to_numpy(S)[:, columns, rows].tolist()
 
 
 @pytest.mark.parametrize(("m", "n"), [(2, 3), (3, 3), (1, 4), (4, 1), (0, 2)])
@@ -111,7 +112,8 @@ def test_kron_against_torch_and_its_identities() -> None:
 
 def test_khatri_rao_against_scipy_and_its_identities() -> None:
     A, B, x = normal(3, 4), normal(2, 4), normal(4)
-    same(mc.khatri_rao(A, B), torch.from_numpy(scipy.linalg.khatri_rao(A.numpy(), B.numpy())))
+    expected = torch.tensor(scipy.linalg.khatri_rao(to_numpy(A), to_numpy(B)))
+    same(mc.khatri_rao(A, B), expected)
     K = mc.khatri_rao(A, B)
     same(K.T @ K, (A.T @ A) * (B.T @ B))
     same(mc.vec(B @ torch.diag(x) @ A.T), K @ x)

@@ -10,6 +10,7 @@ import mpmath  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import torch
+from devices import to_numpy
 from highprec import evaluate
 from problems import (
     BATCHES,
@@ -114,8 +115,9 @@ def test_block_diag_is_a_view() -> None:
 @pytest.mark.parametrize("kind", kinds_for(torch.float32))  # scipy refuses the others as singular
 def test_nll_equals_scipy(kind: str, noise: str, assert_close: Check) -> None:
     p = make_problem(5, 3, kind=kind, noise=noise)
-    U = np.kron(p.M, p.K) + np.kron(np.eye(5), dense_noise(p))
-    expected = -stats.multivariate_normal(cov=U).logpdf(p.Y.reshape(-1))
+    M, K, Sigma, y = (to_numpy(x) for x in (p.M, p.K, dense_noise(p), p.Y.reshape(-1)))
+    U = np.kron(M, K) + np.kron(np.eye(5), Sigma)
+    expected = -stats.multivariate_normal(cov=U).logpdf(y)
     actual = reference.kron_gaussian_nll(p.Y, p.M, p.K, **p.noise)
     assert_close(actual, torch.tensor(expected), condition=condition_number(p), dims=0)
 
@@ -203,8 +205,8 @@ def test_one_output_has_scalar_noise(noise: str, assert_close: Check) -> None:
 def test_zero_factor_leaves_independent_rows(kind: str, noise: str, assert_close: Check) -> None:
     p = make_problem(5, 3, kind=kind, noise=noise)
     Sigma = dense_noise(p)
-    normal = stats.multivariate_normal(cov=Sigma)
-    expected = torch.tensor(-normal.logpdf(p.Y).sum())
+    normal = stats.multivariate_normal(cov=to_numpy(Sigma))
+    expected = torch.tensor(-normal.logpdf(to_numpy(p.Y)).sum())
     assert_close(FUNCTIONS["kron_gaussian_nll"](p), expected)
     assert_close(FUNCTIONS["kron_logdet"](p), 5 * torch.logdet(Sigma), floor=15.0)
     assert_close(FUNCTIONS["inverse_block_diag_sum"](p), 5 * torch.linalg.inv(Sigma))
@@ -265,8 +267,9 @@ def test_condition_equals_blocks_of_the_joint_precision(noise: str, assert_close
     assert_close(posterior.observation_variance, expected, condition=kappa)
     rows = torch.stack([latent[:3, :3], latent[3:, 3:]])
     assert_close(posterior.row_covariance, rows, condition=kappa)
-    normal = stats.multivariate_normal(mean.flatten(), observed)
-    chain = reference.kron_gaussian_nll(p.Y, p.M, p.K, **p.noise) - normal.logpdf(Y_test.flatten())
+    normal = stats.multivariate_normal(to_numpy(mean.flatten()), to_numpy(observed))
+    log_density = normal.logpdf(to_numpy(Y_test.flatten()))
+    chain = reference.kron_gaussian_nll(p.Y, p.M, p.K, **p.noise) - log_density
     Y = torch.cat([p.Y, Y_test])
     assert_close(reference.kron_gaussian_nll(Y, joint, p.K, **p.noise), chain, condition=kappa)
 

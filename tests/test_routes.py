@@ -13,6 +13,7 @@ import pytest
 import torch
 from battery import NOISES, ROUTES, Recorder, double, from_leaves, gradients, leaves
 from conftest import check_close
+from devices import DEVICE, opcheck, to_numpy
 from highprec import HighPrecision, evaluate
 from problems import (
     LAYOUTS,
@@ -22,6 +23,7 @@ from problems import (
     make_problem,
     make_roots,
     matern12,
+    normal,
     rbf,
     relayout,
 )
@@ -41,14 +43,14 @@ each_route = pytest.mark.parametrize("method", ROUTES)
 
 def of_rank(T: int, r: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """F Fᵀ with integer entries: of rank r exactly, in either dtype."""
-    generator = torch.Generator().manual_seed(seed)
-    F = torch.randint(-9, 10, (T, r), generator=generator).to(dtype)
+    F = (5 * normal(T, r, seed=seed)).round().clamp(-9, 9).to(dtype)
     return F @ F.mT
 
 
 def kernel(build: Any, T: int) -> Tensor:
-    M: Tensor = build(T, (), torch.Generator().manual_seed(0))
-    return M
+    with torch.device("cpu"):
+        M: Tensor = build(T, (), torch.Generator().manual_seed(0))
+    return M.to(DEVICE)
 
 
 # ---------------------------------------------------------------- pivoted Cholesky
@@ -72,11 +74,11 @@ def test_pivoted_cholesky_equals_lapack(kind: Any) -> None:
     T = 40
     scales = torch.linspace(1, 2, T)  # no equal diagonal entries, whose order would be arbitrary
     M = scales[:, None] * kernel(kind, T) * scales
-    C, order, rank, _ = lapack.dpstrf(M.numpy(), lower=1, tol=1e-6 * float(M.diagonal().max()))
+    C, order, rank, _ = lapack.dpstrf(to_numpy(M), lower=1, tol=1e-6 * float(M.diagonal().max()))
     F, found = pivoted_cholesky(M, T)
     assert found >= rank
-    expected = torch.from_numpy(C).tril()[:, :rank]
-    actual = F[torch.from_numpy(order).long() - 1, :rank]
+    expected = torch.tensor(C).tril()[:, :rank]
+    actual = F[torch.tensor(order).long() - 1, :rank]
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -84,8 +86,7 @@ def test_pivoted_cholesky_equals_lapack(kind: Any) -> None:
 @pytest.mark.parametrize("r", [1, 12, 30])
 def test_exact_rank_is_found_in_rounded_matrices(r: int, seed: int, dtype: torch.dtype) -> None:
     """F Fᵀ with rounded entries: what is left after r columns is rounding, not another column."""
-    generator = torch.Generator().manual_seed(seed)
-    F = torch.randn(100, r, generator=generator, dtype=torch.float64)
+    F = normal(100, r, seed=seed)
     _, rank = pivoted_cholesky((F @ F.mT).to(dtype), 100)
     assert rank == r
 
@@ -194,8 +195,8 @@ def test_same_bits_whatever_the_threads(dtype: torch.dtype) -> None:
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(pivoted_cholesky, (of_rank(6, 2), 3))
-    torch.library.opcheck(pivoted_cholesky, (of_rank(6, 2).expand(2, 6, 6).mT, 6))
+    opcheck(pivoted_cholesky, (of_rank(6, 2), 3))
+    opcheck(pivoted_cholesky, (of_rank(6, 2).expand(2, 6, 6).mT, 6))
 
 
 # ---------------------------------------------------------------- the low-rank route

@@ -11,6 +11,7 @@ import pytest
 import torch
 from battery import NOISES, cotangents, double, from_leaves, gradients, laid_out, leaves
 from conftest import check_close
+from devices import DEVICE, opcheck
 from highprec import evaluate
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,6 +31,7 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 
 import torch_kronlik as tk
 from torch_kronlik import likelihood, ops, reference
+from torch_kronlik.factor import plan
 from torch_kronlik.rules import small as small_rule
 from torch_kronlik.rules.small import small_nll
 
@@ -100,8 +102,12 @@ SIZES = [(0, 1), (0, 3), (1, 1), (1, 16), (2, 3), (33, 3), (64, 2), (5, 8), (7, 
 SIZES += [(3, 2), (8, 1), (9, 4), (15, 2), (16, 5), (17, 3), (63, 2), (65, 2), (127, 1), (128, 2)]
 
 
+# on a GPU a problem's matrices are in a block's shared memory
+FITTING = [size for size in SIZES if plan.costs(DEVICE.type).fits_small(*size)]
+
+
 @each_noise
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", FITTING)
 def test_every_size(size: tuple[int, int], noise: str, dtype: torch.dtype) -> None:
     check(make_problem(*size, noise=noise, dtype=dtype))
     check(make_problem(*size, batch=(2,), noise=noise, dtype=dtype))
@@ -452,7 +458,8 @@ def test_without_gradients_none_are_computed(noise: str, calls: list[bool]) -> N
     assert calls == [False] * 3
 
 
-TAKEN = [(0, 1, ()), (1, 1, ()), (128, 16, ()), (128, 1, (2,)), (5, 3, (2, 3))]
+LARGEST = plan.costs(DEVICE.type).small_T
+TAKEN = [(0, 1, ()), (1, 1, ()), (LARGEST, 16, ()), (LARGEST, 1, (2,)), (5, 3, (2, 3))]
 
 
 @pytest.mark.parametrize(("T", "D", "batch"), TAKEN)
@@ -466,7 +473,7 @@ def test_not_taken(calls: list[bool]) -> None:
     """Larger problems, M that several share, a constant or factorised M, a method asked for."""
     shared_M = make_problem(4, 3, batch={"Y": (2,), "M": (), "K": (), "noise": ()})
     many_K = make_problem(4, 3, batch={"Y": (), "M": (), "K": (2,), "noise": ()})
-    for p in (make_problem(129, 2), make_problem(5, 17), shared_M, many_K):
+    for p in (make_problem(LARGEST + 1, 2), make_problem(5, 17), shared_M, many_K):
         torch.testing.assert_close(nll(p), dense(p))
     p = make_problem(4, 3)
     nll(p._replace(M=tk.symmetric_eigen(p.M)))  # type: ignore[arg-type]
@@ -512,11 +519,11 @@ def test_transforms_take_the_general_operators(noise: str, calls: list[bool]) ->
 def test_opcheck(batch: Any, noise: str, with_gradients: bool) -> None:
     p = make_problem(3, 2, batch=batch, noise=noise)
     (form,) = p.noise.values()
-    torch.library.opcheck(ops.small_nll, (p.Y, p.M, p.K, form, noise == "full", with_gradients))
+    opcheck(ops.small_nll, (p.Y, p.M, p.K, form, noise == "full", with_gradients))
     for x in leaves(p).values():
         x.requires_grad_(with_gradients)
     pair = p.noise.get("Sigma"), p.noise.get("log_noise")
-    torch.library.opcheck(small_nll, (p.Y, p.M, p.K, *pair, with_gradients))
+    opcheck(small_nll, (p.Y, p.M, p.K, *pair, with_gradients))
 
 
 @pytest.mark.parametrize("in_dims", [(0, 0, 0, 0), (1, None, None, 0), (None, 0, 2, None)])

@@ -8,6 +8,7 @@ from typing import Any
 import mpmath  # type: ignore[import-untyped]
 import pytest
 import torch
+from devices import opcheck
 from problems import LAYOUTS, make_problem, relayout
 from torch import Tensor
 
@@ -164,4 +165,4 @@ def test_result_does_not_depend_on_threads(noise: str) -> None:
 def test_opcheck(noise: str) -> None:
     K, Sigma, log_noise = arguments(3, noise, batch=(2,))
     given = (K, Sigma if log_noise is None else log_noise, log_noise is None)
-    torch.library.opcheck(whiten_small, given)
+    opcheck(whiten_small, given)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from battery import ALL, NOISES, as_tuple, from_leaves, leaves, symmetrised
+from devices import DEVICE
 from problems import make_problem
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -180,14 +181,14 @@ def _check_autocast(c: Case) -> None:
     """float32 arguments keep every bit, half-precision ones are cast up."""
     single = [x.float() for x in c.values]
     half = [x.bfloat16() for x in c.values]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         assert torch.equal(c.structured(*single), _without(c.structured, single))
         found = c.structured(*half)
         assert torch.equal(found, _without(c.structured, [x.float() for x in half]))
 
 
 def _without(f: Scalar, values: list[Tensor]) -> Tensor:
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(DEVICE.type, enabled=False):
         return f(*values)
 
 

@@ -13,13 +13,10 @@ from torch.utils import cpp_extension
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
+COMMON = ["-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS = [
+    *COMMON,
     "-std=c++17",
-    "-O1",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-Wall",
-    "-Wextra",
     # nvcc compares such integers, and knows such pragmas
     "-Wno-sign-compare",
     "-Wno-unknown-pragmas",
@@ -30,7 +27,8 @@ FLAGS = [
 ]
 # Reported by the emulator: vector loads from addresses that are not aligned, indices of arrays out
 # of bounds, and all accesses to memory, among which it looks for races.
-CHECKS = ["-fsanitize=alignment,bounds", "-fsanitize=thread"]
+PLACES = ["-fsanitize=alignment,bounds"]
+CHECKS = [*PLACES, "-fsanitize=thread"]
 EMULATOR = [HERE / "emulator.cpp", HERE / "races.cpp"]
 NOT_A_KERNEL = {"build_info.cu"}
 
@@ -39,14 +37,12 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++"))
 
 
-def sources() -> list[Path]:
-    kernels = sorted(p for p in CSRC.glob("cuda/*.cu") if p.name not in NOT_A_KERNEL)
-    return [CSRC / "ops.cpp", *kernels, HERE / "self_test.cu", *EMULATOR]
+def kernels() -> list[Path]:
+    return sorted(p for p in CSRC.glob("cuda/*.cu") if p.name not in NOT_A_KERNEL)
 
 
-def compile_one(source: Path, target: Path) -> Path:
+def compile_one(source: Path, target: Path, flags: list[str]) -> Path:
     include = [f"-I{HERE}", *(f"-isystem{path}" for path in cpp_extension.include_paths())]
-    flags = FLAGS if source in EMULATOR else [*FLAGS, *CHECKS, "-include", "registration.h"]
     subprocess.run(
         [compiler() or "c++", "-x", "c++", *flags, *include, "-c", str(source), "-o", str(target)],
         check=True,
@@ -54,15 +50,33 @@ def compile_one(source: Path, target: Path) -> Path:
     return target
 
 
+def link(objects: list[Path], library: Path) -> Path:
+    torch_lib = Path(torch.__file__).parent / "lib"
+    flags = ["-shared", "-Wl,-Bsymbolic", f"-L{torch_lib}", "-ltorch_cpu", "-lc10"]
+    flags += [f"-Wl,-rpath,{torch_lib}", "-o", str(library)]
+    subprocess.run([compiler() or "c++", *map(str, objects), *flags], check=True)
+    return library
+
+
+def build_kernels(folder: Path, sources: list[Path], checks: list[str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = [*FLAGS, *checks, "-include", "registration.h"]
+    objects = [compile_one(x, folder / f"{x.name}.o", flags) for x in sources]
+    objects += [compile_one(x, folder / f"{x.name}.o", FLAGS) for x in EMULATOR]
+    return link(objects, folder / "cuda_emulation.so")
+
+
 def build(folder: Path) -> Path:
     """The shared object, which registers its operators in torch.ops.torch_kronlik_emulated."""
-    folder.mkdir(parents=True, exist_ok=True)
-    objects = [compile_one(source, folder / f"{source.name}.o") for source in sources()]
-    library = folder / "cuda_emulation.so"
-    torch_lib = Path(torch.__file__).parent / "lib"
-    link = ["-shared", "-Wl,-Bsymbolic", f"-L{torch_lib}", "-ltorch_cpu", f"-Wl,-rpath,{torch_lib}"]
-    subprocess.run([compiler() or "c++", *map(str, objects), *link, "-o", str(library)], check=True)
-    return library
+    return build_kernels(folder, [CSRC / "ops.cpp", *kernels(), HERE / "self_test.cu"], CHECKS)
+
+
+def build_device(folder: Path) -> list[Path]:
+    """The emulated device, and torch_kronlik's operators on it; no search for races."""
+    library = build_kernels(folder, kernels(), [*PLACES, "-DEMULATED_DEVICE"])
+    flags = [*COMMON, "-std=c++20", "-Wno-unused-parameter"]
+    device = compile_one(HERE / "device.cpp", folder / "device.cpp.o", flags)
+    return [link([device], folder / "device.so"), library]
 
 
 if __name__ == "__main__":

@@ -87,9 +87,10 @@ CUDA = Costs(
     small_D=16,
 )
 
+BY_DEVICE = {"cpu": CPU, "cuda": CUDA}
 _ELSEWHERE = CPU._replace(small_T=-1)
 
 
 def costs(device: str) -> Costs:
     """By the type of a device."""
-    return {"cpu": CPU, "cuda": CUDA}.get(device, _ELSEWHERE)
+    return BY_DEVICE.get(device, _ELSEWHERE)

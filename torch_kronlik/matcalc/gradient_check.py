@@ -30,11 +30,11 @@ class Random(NamedTuple):
     structure: str = "general"
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        R = torch.randn(self.shape, generator=generator, dtype=torch.float64)
+        R = _normal(self.shape, generator, torch.float64, torch.get_default_device())
         if self.structure == "symmetric":
             return (R + R.mT) / 2
         if self.structure == "positive_definite":
-            return R @ R.mT / len(R) + torch.eye(len(R), dtype=R.dtype) / 2
+            return R @ R.mT / len(R) + torch.eye(len(R), dtype=R.dtype, device=R.device) / 2
         return R.exp() if self.structure == "positive" else R
 
     @property
@@ -146,7 +146,7 @@ def check_gradient(
             if unknown
             else f"trials must be at least 1, got {trials}"
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     draws = [[_draw(kind, generator) for kind in kinds.values()] for _ in range(trials)]
     reports = {}
     for name, formula in claims.items():
@@ -167,6 +167,13 @@ def _kind(name: str, value: Any) -> Random | Tensor:
     if kind.is_symmetric and (len(kind.shape) != 2 or kind.shape[0] != kind.shape[1]):
         raise ValueError(f"{name}: a {kind.structure} matrix must be square, got {kind.shape}")
     return kind
+
+
+def _normal(
+    shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The same numbers on every device."""
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu").to(device)
 
 
 def _draw(kind: Random | Tensor, generator: torch.Generator) -> Tensor:
@@ -193,7 +200,7 @@ def _check_once(
     symmetric = isinstance(kind, Random) and kind.is_symmetric
     value = along(X)
     J = _jacobian(along, X, symmetric)
-    E = torch.randn(X.shape, generator=generator, dtype=X.dtype)
+    E = _normal(X.shape, generator, X.dtype, X.device)
     E = (E + E.mT) / 2 if symmetric else E
     scale = J.abs().max() * E.norm() + value.detach().abs().max()
     difference = float((J @ _vec(E) - _finite_difference(along, X, E)).abs().max() / scale)

@@ -1,0 +1,131 @@
+"""The same numbers on another device as on the CPU, in every function and gradient.
+
+Collected with ``--device`` alone, see conftest.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from battery import ALL, FUNCTIONS, NOISES, ROUTES, gradients, kernels, laid_out, map_problem, moved
+from conftest import check_close
+from devices import generator
+from problems import Problem, condition_number, make_new_rows, make_problem
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+import torch_kronlik as tk
+from torch_kronlik import ops
+
+each_noise = pytest.mark.parametrize("noise", NOISES)
+
+
+SIZES = [(6, 3), (64, 16), (40, 17), (130, 2), (150, 9)]  # each route, both ways to whiten
+HARD = ["generic", "rank_one_M", "zero_K", "repeated_blocks", "rbf", "spread_noise"]
+
+
+@each_noise
+@pytest.mark.parametrize("method", ["auto", *ROUTES])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_every_function_and_gradient_as_on_the_cpu(
+    size: tuple[int, int], method: str, noise: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    p = make_problem(*size, noise=noise, dtype=dtype, device="cpu")
+    check_as_on_the_cpu(p, device, method)
+
+
+@each_noise
+@pytest.mark.parametrize("kind", HARD)
+def test_hard_problems_as_on_the_cpu(
+    kind: str, noise: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    for size in ((7, 3), (100, 3)):
+        p = make_problem(*size, kind=kind, noise=noise, dtype=dtype, batch=(2,), device="cpu")
+        if condition_number(p) * torch.finfo(dtype).eps < 1e-4:
+            check_as_on_the_cpu(p, device, "auto")
+
+
+def check_as_on_the_cpu(p: Problem, device: torch.device, method: str) -> None:
+    wide, there = map_problem(torch.Tensor.double, p), moved(p, device)
+    kappa, floor = condition_number(p), float(p.Y.shape[-2] * p.Y.shape[-1])
+    for name, f in ALL.items():
+        options = {"method": method} if name in FUNCTIONS else {}
+        run = partial(f.structured, **options)
+        for x, y in zip(run(there), run(wide), strict=True):
+            assert x.device == there.Y.device
+            check_close(x, y, condition=kappa, dims=f.dims, floor=0 if f.dims else floor)
+        found, expected = gradients(run, there), gradients(run, wide)
+        for key, x in found.items():
+            dims = 1 if key == "log_noise" else 2
+            check_close(x, expected[key], condition=kappa, quantity="gradient", dims=dims)
+
+
+def others(p: Problem, rows: Any) -> dict[str, Tensor]:
+    """What is built on these functions, by name."""
+    U = tk.KroneckerPlusNoise(p.M, p.K, **p.noise)
+    d = tk.KroneckerNormal(0 * p.Y, p.M, p.K, **p.noise)
+    post = tk.condition(p.Y, p.M, p.K, rows.M_cross, rows.M_test, **p.noise)
+    s, _ = tk.symmetric_eigen(p.M)
+    a = p.K[0] / 3
+    return {
+        "diagonal": U.diagonal(), "to_dense": U.to_dense(), "matmul": U.matmul(p.Y),
+        "log_prob": d.log_prob(p.Y), "entropy": d.entropy(), "variance": d.variance,
+        "kl": kl_divergence(d, tk.KroneckerNormal(p.Y, p.M, 2 * p.K, **p.noise)),
+        "mean": post.mean, "observation_variance": post.observation_variance,
+        "row_covariance": post.row_covariance, "test_log_prob": post.log_prob(rows.Y_test),
+        "leave_one_out": torch.stack(tk.leave_one_out(p.Y, p.M, p.K, **p.noise)),
+        "leave_one_row_out": tk.leave_one_row_out(p.Y, p.M, p.K, **p.noise)[1],
+        "eigenvalues": s, "block": tk.block_diag(p.M, 1, 2), "blocks": tk.block_diag_sum(p.M, 2),
+        "expm": tk.expm_diag_multiply(a, p.K, a), "jacobian": tk.expm_diag_jacobian(a, p.K, a),
+    }  # fmt: skip
+
+
+@each_noise
+def test_what_is_built_on_them_as_on_the_cpu(
+    noise: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    rows = make_new_rows(20, 4, 3, noise=noise, dtype=dtype, device="cpu")
+    there = rows._replace(
+        problem=moved(rows.problem, device),
+        **{k: getattr(rows, k).to(device) for k in rows._fields[1:]},
+    )
+    found, expected = others(there.problem, there), others(rows.problem, rows)
+    rounding = 1e4 * torch.finfo(dtype).eps
+    for name, x in found.items():
+        assert x.device == there.problem.Y.device, name
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(
+            x.cpu(), expected[name], rtol=rounding, atol=rounding * scale, msg=name
+        )
+
+
+@each_noise
+def test_loss_and_samples(noise: str, device: torch.device) -> None:
+    p = make_problem(20, 3, noise=noise)
+    loss = tk.KroneckerGaussianNLLLoss(3).to(device, torch.float64)
+    twin = tk.KroneckerGaussianNLLLoss(3, device="cpu").double()
+    torch.testing.assert_close(loss(p.Y, p.M, p.K).cpu(), twin(*moved(p, "cpu")[:3]))
+    U = tk.KroneckerPlusNoise(p.M, p.K, **p.noise)
+    draws = U.sample((20_000,), generator=generator(0)).flatten(-2)
+    dense = U.to_dense()
+    assert draws.device == dense.device
+    assert (torch.cov(draws.mT) - dense).abs().max() < 0.1 * dense.abs().max()
+
+
+def test_other_devices_are_refused_by_name(device: torch.device) -> None:
+    p = make_problem(4, 2)
+    with pytest.raises(ValueError, match="K must be on the device of M"):
+        tk.kron_gaussian_nll(p.Y, p.M, p.K.cpu(), **p.noise)
+    with pytest.raises(RuntimeError, match="on different devices"):
+        ops.kron_diag_sums(p.M[0], p.K[0].cpu())
+
+
+@pytest.mark.parametrize("how", ["transposed", "strided", "offset", "batch_inside"])
+def test_layouts_of_every_kernel(how: str, dtype: torch.dtype, device: torch.device) -> None:
+    p = make_problem(32, 4, batch=(6,), dtype=dtype)
+    found, expected = kernels(laid_out(p, how)), kernels(p)
+    for x, y in zip(found, expected, strict=True):
+        check_close(x, y.double(), condition=100.0)
