@@ -154,6 +154,14 @@ def gradients(f: Callable[[Problem], Tensors], p: Problem) -> dict[str, Tensor]:
     return {key: torch.zeros_like(x) if g is None else g for (key, x), g in named}
 
 
+def value_and_gradients(p: Problem, M: Any = None, **options: Any) -> list[Tensor]:
+    """The likelihood, and its gradients in all but an M that is given here."""
+    own = {k: x.detach().requires_grad_() for k, x in leaves(p).items() if k != "M" or M is None}
+    noise = {k: x for k, x in own.items() if k not in ("Y", "M", "K")}
+    nll = tk.kron_gaussian_nll(own["Y"], own.get("M", M), own["K"], **noise, **options)
+    return [nll, *torch.autograd.grad(nll.sum(), list(own.values()))]
+
+
 # ---------------------------------------------------------------- what is computed
 
 

@@ -56,12 +56,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device=cuda: torch sees no CUDA device")
     if device.type != "cpu":
-        # where tests make tensors; the library says for each of its own: test_beside_the_cpu.py
+        # where tests make tensors; the library says for each of its own: test_device.py
         torch.set_default_device(device)
     # torch's own modules (forward mode, vmap) call it on import: nothing a user of them can change.
     for category in ("DeprecationWarning", "FutureWarning"):
         ignored = f"ignore:`?torch.jit.*` is deprecated:{category}"
         config.addinivalue_line("filterwarnings", ignored)
+    if device.type == "cuda":
+        # what torch says there depends on the card; such a warning is shown and is no failure
+        config.addinivalue_line("filterwarnings", "default")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -69,7 +72,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     kind, name = torch.device(config.getoption("--device")).type, collection_path.name
     if name == "test_cuda.py":
         return True if kind != "cuda" else None
-    if name == "test_beside_the_cpu.py":
+    if name == "test_device.py":
         return True if kind == "cpu" else None
     of_cpu = name.startswith(("test_examples", "test_cuda_emulated")) or (
         name.endswith(".py") and not name.startswith("test_")  # examples in docstrings

@@ -6,11 +6,14 @@ leave PyTorch or come into it.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cuda_emulation import device as emulated_device
 from torch import Tensor
 
 DEVICE = torch.get_default_device()
@@ -38,6 +41,23 @@ def not_emulated(reason: str) -> pytest.MarkDecorator:
 no_compiler = not_emulated("no compiler for it")
 no_sparse = not_emulated("no sparse tensors there")
 only_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="the CPU has operators of its own")
+
+
+def waits(f: Callable[[], object]) -> int:
+    """How often f makes the host wait for the device."""
+    f()
+    if DEVICE.type == "emulated":
+        before = emulated_device.waits()
+        f()
+        return emulated_device.waits() - before
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")  # which warns itself, once
+            f()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(w.message) for w in caught)
 
 
 def opcheck(op: Any, args: tuple[Any, ...]) -> None:

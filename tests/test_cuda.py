@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs, waiting, a second device, and the same results there.
+"""What only a GPU can show: streams, graphs, a second device.
 
 Collected with ``--device cuda`` alone, see conftest.py. The kernels' index arithmetic is in
 test_cuda_emulated.py, which needs no GPU.
@@ -6,14 +6,13 @@ test_cuda_emulated.py, which needs no GPU.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from battery import NOISES, ROUTES, kernels, leaves, map_problem, moved
+from battery import NOISES, ROUTES, kernels, leaves, map_problem, moved, value_and_gradients
 from problems import Problem, make_problem
 from torch import Tensor
 
@@ -32,14 +31,6 @@ def on_the_device(device: torch.device) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- calls that are tried in each way
-
-
-def value_and_gradients(p: Problem, M: Any = None, **options: Any) -> list[Tensor]:
-    """The likelihood, and its gradients in all but an M that is given here."""
-    own = {k: x.detach().requires_grad_() for k, x in leaves(p).items() if k != "M" or M is None}
-    noise = {k: x for k, x in own.items() if k not in ("Y", "M", "K")}
-    nll = tk.kron_gaussian_nll(own["Y"], own.get("M", M), own["K"], **noise, **options)
-    return [nll, *torch.autograd.grad(nll.sum(), list(own.values()))]
 
 
 def constant_rows(p: Problem) -> list[Tensor]:
@@ -91,41 +82,6 @@ def test_kernels_return_before_they_are_done(device: torch.device) -> None:
     done.record()
     assert not done.query()
     torch.cuda.synchronize(device)
-
-
-# ---------------------------------------------------------------- waiting for the device
-
-
-def waits(f: Callable[[], object]) -> int:
-    """How often f makes the host wait for a result."""
-    f()
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")  # which warns itself, once
-            f()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing CUDA operation" in str(w.message) for w in caught)
-
-
-@each_noise
-def test_operators_and_products_never_wait(noise: str, device: torch.device) -> None:
-    p = batch_of_small(device, noise)
-    assert waits(lambda: torch.ones(1, device=device).item()) == 1, "waits are counted"
-    assert waits(lambda: kernels(p)) == 0
-    assert waits(lambda: tk.block_diag_sum(p.M, 8)) == 0
-    assert waits(lambda: tk.kron_matmul(p.M, p.K, p.Y, **p.noise)) == 0
-
-
-@each_noise
-def test_the_likelihood_waits_for_its_checks_alone(noise: str, device: torch.device) -> None:
-    """One status for a small problem. With constant rows: of the whitening, of the rows, of their
-    eigenvalues with λ, of each of the two results."""
-    p = batch_of_small(device, noise)
-    M = tk.symmetric_eigen(p.M)
-    assert waits(lambda: value_and_gradients(p)) == 1
-    assert waits(lambda: value_and_gradients(p, M)) == 5
 
 
 # ---------------------------------------------------------------- graphs

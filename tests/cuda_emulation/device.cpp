@@ -109,6 +109,17 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   }
 };
 
+// --- waiting -------------------------------------------------------------------------------------
+
+// How often the host has waited for a result, were this a GPU; "nonzero" makes a shape of values.
+int64_t waits = 0;
+int computing = 0;  // copies between the devices are then the emulation's own
+
+struct Computing {
+  Computing() { ++computing; }
+  ~Computing() { --computing; }
+};
+
 // --- operators -----------------------------------------------------------------------------------
 
 Tensor empty(SymIntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
@@ -139,6 +150,7 @@ Tensor on_cpu(const Tensor& x) {
 }
 
 Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
+  waits += to.is_cpu() && computing == 0;
   on_cpu(to).copy_(on_cpu(from));
   return to;
 }
@@ -148,7 +160,10 @@ Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
   return copy_from(from, to, false);
 }
 
-at::Scalar local_scalar(const Tensor& x) { return at::native::_local_scalar_dense_cpu(on_cpu(x)); }
+at::Scalar local_scalar(const Tensor& x) {
+  ++waits;
+  return at::native::_local_scalar_dense_cpu(on_cpu(x));
+}
 
 const Tensor& resize(const Tensor& x, SymIntArrayRef size, std::optional<at::MemoryFormat> format) {
   return at::native::resize_(x, C10_AS_INTARRAYREF_SLOW(size), format);
@@ -170,6 +185,8 @@ Tensor& set_storage(Tensor& x, at::Storage source) {
 
 void compute_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const Generators generators(*stack, op.schema().arguments().size());
+  waits += op.schema().name() == "aten::nonzero";
+  const Computing now;
   at::native::cpu_fallback(op, stack);
 }
 
@@ -205,3 +222,5 @@ const bool registered = [] {
 }();
 
 }  // namespace
+
+extern "C" __attribute__((visibility("default"))) int64_t emulated_device_waits() { return waits; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import tempfile
 import types
 from pathlib import Path
@@ -14,13 +15,25 @@ from torch_kronlik.factor import plan
 
 from .build import build_device
 
+_device: ctypes.CDLL | None = None
+
+
+def waits() -> int:
+    """How often, so far, the host would have waited for a GPU."""
+    assert _device is not None
+    found: int = _device.emulated_device_waits()
+    return found
+
 
 def start() -> None:
     """Compile and load it, once in a process; torch_kronlik takes it for a GPU."""
     torch.utils.rename_privateuse1_backend("emulated")
     with tempfile.TemporaryDirectory() as folder:
-        for library in build_device(Path(folder)):
+        libraries = build_device(Path(folder))
+        for library in libraries:
             torch.ops.load_library(str(library))
+        global _device
+        _device = ctypes.CDLL(str(libraries[0]))
     torch._register_device_module("emulated", _module())
     torch.utils.generate_methods_for_privateuse1_backend()
     plan.BY_DEVICE["emulated"] = plan.CUDA

@@ -50,12 +50,15 @@ OVERFLOW = (
 )
 
 
-def require_finite(result: Tensor, **arguments: Tensor | None) -> None:
-    """Raise if ``result`` is not finite: a non-finite argument first, else an overflow."""
-    if is_captured(result):
+def require_finite(*results: Tensor, **arguments: Tensor | None) -> None:
+    """Raise if the results are not finite: a non-finite argument first, else an overflow."""
+    if is_captured(results[0]):
         return
-    # One pass without temporaries decides, but for finite entries with an infinite sum.
-    if math.isfinite(result.sum()) or bool(torch.isfinite(result).all()):
+    # One pass without temporaries decides, and the host waits once for a GPU, but for finite
+    # entries with an infinite sum.
+    if math.isfinite(sum(x.sum() for x in results)):
+        return
+    if all(bool(torch.isfinite(x).all()) for x in results):
         return
     raise_if_not_finite(**arguments)
     raise OverflowError(OVERFLOW)

@@ -121,11 +121,14 @@ def require_positive_definite(s: Tensor, lam: Tensor, P: Tensor | None = None) -
 
     P is given with eigenvalues that the user made, to be checked too.
     """
-    if is_captured(lam):
+    if is_captured(lam) or s.numel() == 0 or lam.numel() == 0:
         return lam.clone()
-    if P is not None and not bool(torch.isfinite(s.sum() + P.sum())):
-        raise_if_not_finite(**{"M.eigenvalues": s, "M.eigenvectors": P})
-    if s.numel() and lam.numel() and not bool(torch.minimum(s.min(), lam.min()) >= 0):
+    least = torch.minimum(s.min(), lam.min())
+    if P is not None:
+        least = least + 0 * (s.sum() + P.sum())  # a NaN unless they are finite
+    if not bool(least >= 0):
+        if P is not None:
+            raise_if_not_finite(**{"M.eigenvalues": s, "M.eigenvectors": P})
         s_ends, lam_ends = (torch.stack(x.aminmax(dim=-1), -1) for x in (s, lam))
         least = 1 + (s_ends[..., :, None] * lam_ends[..., None, :]).flatten(-2).amin(-1)
         if not bool((least > 0).all()):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..derivatives import define, register
 from ..factor.batch import sum_to
-from ..factor.diagnose import raise_if_not_finite, require_finite
+from ..factor.diagnose import require_finite
 from .common import (
     COVARIANCE,
     Covariance,
@@ -27,11 +27,9 @@ __all__ = ["multiply"]
 
 def _multiply(Y: Tensor, *covariance: Any) -> Tensor:
     c = Covariance(*covariance)
-    if c.log_noise is not None:
-        # exp(-inf) is finite.
-        raise_if_not_finite(log_noise=c.log_noise)
     out = rows_matmul(c, Y @ c.K) + noise_matmul(c, Y)
-    require_finite(out, Y=Y, **c.named())
+    hidden = [] if c.log_noise is None else [c.log_noise]  # exp(-inf) is finite
+    require_finite(out, *hidden, Y=Y, **c.named())
     return out.contiguous()
 
 

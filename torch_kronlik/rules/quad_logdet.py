@@ -41,8 +41,7 @@ _SAVED = "Tensor scaled, Tensor row, Tensor col_s, Tensor col_1"
 def _quad_logdet(Y: Maybe, *covariance: Any) -> tuple[Tensor, ...]:
     c = Covariance(*covariance)
     inv_quad, logdet, *saved = c.factor.quad_logdet(Y)
-    require_finite(logdet, **c.named())
-    require_finite(inv_quad, Y=Y, **c.named())
+    require_finite(logdet, inv_quad, Y=Y, **c.named())
     return inv_quad, logdet, *saved
 
 

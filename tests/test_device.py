@@ -10,9 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from battery import ALL, FUNCTIONS, NOISES, ROUTES, gradients, kernels, laid_out, map_problem, moved
+from battery import (
+    ALL,
+    FUNCTIONS,
+    NOISES,
+    ROUTES,
+    gradients,
+    kernels,
+    laid_out,
+    map_problem,
+    moved,
+    value_and_gradients,
+)
 from conftest import check_close
-from devices import generator
+from devices import generator, waits
 from problems import Problem, condition_number, make_new_rows, make_problem
 from torch import Tensor
 from torch.distributions import kl_divergence
@@ -129,3 +140,25 @@ def test_layouts_of_every_kernel(how: str, dtype: torch.dtype, device: torch.dev
     found, expected = kernels(laid_out(p, how)), kernels(p)
     for x, y in zip(found, expected, strict=True):
         check_close(x, y.double(), condition=100.0)
+
+
+# ---------------------------------------------------------------- waiting for the device
+
+
+@each_noise
+def test_operators_never_wait(noise: str, device: torch.device) -> None:
+    p = make_problem(32, 4, batch=(6,), noise=noise)
+    assert waits(lambda: torch.ones(1).item()) == 1, "waits are counted"
+    assert waits(lambda: kernels(p)) == 0
+    assert waits(lambda: tk.block_diag_sum(p.M, 8)) == 0
+
+
+@each_noise
+def test_functions_wait_for_their_checks_alone(noise: str) -> None:
+    """Once for a product's result and for a small problem's status. With constant rows thrice: for
+    the whitening's status, for the eigenvalues, for the results."""
+    p = make_problem(32, 4, batch=(6,), noise=noise)
+    M = tk.symmetric_eigen(p.M)
+    assert waits(lambda: tk.kron_matmul(p.M, p.K, p.Y, **p.noise)) == 1
+    assert waits(lambda: value_and_gradients(p)) == 1
+    assert waits(lambda: value_and_gradients(p, M)) == 3
