@@ -132,12 +132,13 @@ int64_t factorise(Work<T>& w) {
   const double tolerance = trace_tolerance<T>(n, std::max(d.largest, 0.0));
   if (!std::isfinite(tolerance)) return -1;
   std::vector<double> pivot_row(w.c.max_rank);
-  Rest rest{tolerance};
+  std::vector<double> absolutes;
   for (int64_t k = 0;; ++k, d = diagonal_of(w.rest)) {
-    if (rest.is_rounding(k, d.sum, d.absolute)) {
+    if (is_rounding(k, d.sum, d.absolute, absolutes.data(), tolerance)) {
       return is_positive_semidefinite(w, k, product_tolerance(n, tolerance)) ? k : -1;
     }
     if (k == w.c.max_rank || !(d.largest > 0)) return -1;
+    absolutes.push_back(d.absolute);
     for (int64_t l = 0; l < k; ++l) pivot_row[l] = static_cast<double>(w.f[l * n + d.pivot]);
     const double scale = 1 / std::sqrt(d.largest);
     constexpr int64_t kRows = 8 * kTile;

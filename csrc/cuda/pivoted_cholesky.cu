@@ -7,153 +7,217 @@
 namespace torch_kronlik {
 namespace {
 
-struct Pivot {
-  double rest;
-  int64_t index;
+// A launch for every column, in which each block of threads has kRows rows of a matrix and kLanes
+// threads for each row. What a launch reads of other blocks was written by the launches before it:
+// what is new of the whole matrix comes in two copies, one to read and one to write.
+constexpr int kRows = 32;
+constexpr int kLanes = kThreads / kRows;
+
+// The rest's diagonal: its sums and where it is the largest, the first of equals.
+struct Diagonal {
+  double sum = 0, absolute = 0, largest = 0, pivot = 0;
+
+  __device__ Diagonal with(const Diagonal& b) const {
+    const bool later = b.largest > largest || (b.largest == largest && b.pivot < pivot);
+    return {sum + b.sum, absolute + b.absolute, later ? b.largest : largest,
+            later ? b.pivot : pivot};
+  }
 };
 
-// The largest rest of the block's threads, the first of equals; every thread gets it.
-__device__ Pivot block_largest(Pivot mine) {
-  __shared__ Pivot shared[kThreads];
-  shared[threadIdx.x] = mine;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) {
-      Pivot& a = shared[threadIdx.x];
-      const Pivot b = shared[threadIdx.x + half];
-      if (b.rest > a.rest || (b.rest == a.rest && b.index < a.index)) a = b;
-    }
+// The same for all threads of a warp.
+__device__ Diagonal over_warp(Diagonal d) {
+  for (int step = 16; step > 0; step /= 2) {
+    d = d.with({__shfl_xor_sync(~0u, d.sum, step), __shfl_xor_sync(~0u, d.absolute, step),
+                __shfl_xor_sync(~0u, d.largest, step), __shfl_xor_sync(~0u, d.pivot, step)});
   }
-  __syncthreads();
-  const Pivot largest = shared[0];
-  __syncthreads();
-  return largest;
+  return d;
 }
 
-__device__ double block_total(double mine) {
-  __shared__ double total;
-  mine = block_sum(mine);
-  if (threadIdx.x == 0) total = mine;
+// Of all rows, for all threads of a block.
+__device__ Diagonal over_parts(const Diagonal* parts, int64_t count) {
+  __shared__ Diagonal of_warp[kThreads / 32];
+  Diagonal d;
+  for (int64_t part = threadIdx.x; part < count; part += kThreads) d = d.with(parts[part]);
+  d = over_warp(d);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = d;
   __syncthreads();
-  mine = total;
-  __syncthreads();
-  return mine;
+  d = of_warp[0];
+  for (int warp = 1; warp < kThreads / 32; ++warp) d = d.with(of_warp[warp]);
+  return d;
 }
 
-// One block of threads for each matrix: the columns of F, one after the other, the rest of the
-// diagonal (T), Fᵀ v (max_rank), all in global memory.
+enum State { kRunning = -2, kFailed = -1 };  // or the rank, once the rest is rounding
+
 template <typename T>
 struct Matrix {
   const T* m;
-  T* f;
-  double* rest;
-  double* fv;
+  T* f;               // column after column
+  Diagonal* parts;    // (2, blocks)
+  double* rest;       // (T)
+  double* absolutes;  // (max_rank + 1): of the diagonal after so many columns
+  double* fv;         // (max_rank): Fᵀ v
+  double* state;      // (2)
+  double* tolerance;
 };
 
-// (F x)_i, over the first `count` columns.
-template <typename T, typename X>
-__device__ double row_product(const T* f, int64_t size, int64_t i, const X* x, int64_t x_stride,
-                              int64_t count) {
-  double sum = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    sum += static_cast<double>(f[k * size + i]) * static_cast<double>(x[k * x_stride]);
+struct Shape : PivotedCholesky {
+  int64_t blocks;  // of threads, for each matrix
+
+  __host__ __device__ int64_t work() const { return 8 * blocks + T + 2 * max_rank + 4; }
+
+  template <typename E>
+  __device__ Matrix<E> matrix(const E* m, E* f, double* work_of_all, int64_t b) const {
+    double* parts = work_of_all + b * work();
+    double *rest = parts + 8 * blocks, *absolutes = rest + T, *fv = absolutes + max_rank + 1;
+    double* state = fv + max_rank;
+    return {m + batch.offset(b),
+            f + b * T * max_rank,
+            reinterpret_cast<Diagonal*>(parts),
+            rest,
+            absolutes,
+            fv,
+            state,
+            state + 2};
   }
-  return sum;
-}
+};
 
 template <typename T>
-__device__ void new_column(const PivotedCholesky& c, const Matrix<T>& x, Pivot p, int64_t k) {
-  const double scale = 1 / sqrt(p.rest);
-  for (int64_t i = threadIdx.x; i < c.T; i += kThreads) {
-    if (x.rest[i] == 0) continue;
-    const double entry = static_cast<double>(x.m[p.index * c.row_stride + i * c.col_stride]);
-    const double known = row_product(x.f, c.T, i, x.f + p.index, c.T, k);
-    const T value = static_cast<T>((entry - known) * scale);
+__global__ void start(Shape c, const T* m, T* f, double* work) {
+  const int64_t b = blockIdx.x / c.blocks, part = blockIdx.x % c.blocks;
+  const Matrix<T> x = c.matrix(m, f, work, b);
+  const int64_t i = part * kRows + threadIdx.x;
+  double rest = 0;
+  if (i < c.T) x.rest[i] = rest = static_cast<double>(x.m[i * (c.row_stride + c.col_stride)]);
+  const Diagonal d =
+      over_warp({rest, fabs(rest), rest > 0 ? rest : 0, static_cast<double>(rest > 0 ? i : 0)});
+  if (threadIdx.x == 0) x.parts[part] = d;
+  if (part == 0 && threadIdx.x == 0) x.state[0] = kRunning;
+}
+
+// Row i of column k, and what is then left of the diagonal in the block's rows.
+template <typename T>
+__device__ void new_column(const Shape& c, const Matrix<T>& x, const Diagonal& d, int64_t k,
+                           int64_t part) {
+  const int64_t i = part * kRows + threadIdx.x % kRows, p = static_cast<int64_t>(d.pivot);
+  const bool own = threadIdx.x < kRows && i < c.T;
+  double rest = own ? x.rest[i] : 0, known = 0;  // an earlier pivot's rest is zero and stays so
+  const double entry =
+      rest != 0 ? static_cast<double>(x.m[p * c.row_stride + i * c.col_stride]) : 0;
+  for (int64_t l = threadIdx.x / kRows; i < c.T && l < k; l += kLanes) {
+    known += static_cast<double>(x.f[l * c.T + i]) * static_cast<double>(x.f[l * c.T + p]);
+  }
+  known = block_sum(known, kRows);
+  if (threadIdx.x >= kRows) return;
+  if (rest != 0) {
+    const T value = static_cast<T>((entry - known) / sqrt(d.largest));
     x.f[k * c.T + i] = value;
-    x.rest[i] -= static_cast<double>(value) * static_cast<double>(value);
+    rest = i == p ? 0 : rest - static_cast<double>(value) * static_cast<double>(value);
+    x.rest[i] = rest;
   }
-  __syncthreads();
-  if (threadIdx.x == 0) x.rest[p.index] = 0;
-  __syncthreads();
+  const Diagonal next =
+      over_warp({rest, fabs(rest), rest > 0 ? rest : 0, static_cast<double>(rest > 0 ? i : 0)});
+  if (threadIdx.x == 0) x.parts[(k + 1) % 2 * c.blocks + part] = next;
 }
 
-// The number of entries of M v - F Fᵀ v above tolerance (a NaN is above).
 template <typename T>
-__device__ double large_products(const PivotedCholesky& c, const Matrix<T>& x, int64_t rank,
-                                 double tolerance) {
-  for (int64_t k = threadIdx.x; k < rank; k += kThreads) {
-    double sum = 0;
-    for (int64_t i = 0; i < c.T; ++i) {
-      sum += test_entry(i) * static_cast<double>(x.f[k * c.T + i]);
+__global__ void add_column(Shape c, const T* m, T* f, double* work, int64_t k) {
+  const int64_t b = blockIdx.x / c.blocks, part = blockIdx.x % c.blocks;
+  const bool first = part == 0 && threadIdx.x == 0;
+  const Matrix<T> x = c.matrix(m, f, work, b);
+  double state = x.state[k % 2];
+  if (state == kRunning) {
+    const Diagonal d = over_parts(x.parts + k % 2 * c.blocks, c.blocks);
+    const double tolerance = k == 0 ? trace_tolerance<T>(c.T, d.largest) : *x.tolerance;
+    if (!isfinite(tolerance)) {
+      state = kFailed;
+    } else if (is_rounding(k, d.sum, d.absolute, x.absolutes, tolerance)) {
+      state = static_cast<double>(k);
+    } else if (k == c.max_rank || !(d.largest > 0)) {
+      state = kFailed;
+    } else {
+      new_column(c, x, d, k, part);
     }
-    x.fv[k] = sum;
+    if (first) x.absolutes[k] = d.absolute;
+    if (first && k == 0) *x.tolerance = tolerance;
   }
-  __syncthreads();
-  double bad = 0;
+  if (first) x.state[(k + 1) % 2] = state;
+}
+
+template <typename T>
+__device__ int64_t rank_of(const Shape& c, const Matrix<T>& x) {
+  return static_cast<int64_t>(x.state[(c.max_rank + 1) % 2]);
+}
+
+// One block for each column: an entry of Fᵀ v.
+template <typename T>
+__global__ void test_columns(Shape c, const T* m, T* f, double* work) {
+  const int64_t b = blockIdx.x / c.max_rank, k = blockIdx.x % c.max_rank;
+  const Matrix<T> x = c.matrix(m, f, work, b);
+  if (k >= rank_of(c, x)) return;
+  double sum = 0;
   for (int64_t i = threadIdx.x; i < c.T; i += kThreads) {
-    double product = 0;
-    // Along a column: M is symmetric, and neighbouring threads then read neighbouring entries.
-    for (int64_t j = 0; j < c.T; ++j) {
-      product += test_entry(j) * static_cast<double>(x.m[j * c.row_stride + i * c.col_stride]);
-    }
-    const double difference = product - row_product(x.f, c.T, i, x.fv, 1, rank);
-    if (!(fabs(difference) <= tolerance)) bad += 1;
+    sum += test_entry(i) * static_cast<double>(x.f[k * c.T + i]);
   }
-  return block_total(bad);
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) x.fv[k] = sum;
+}
+
+// How many entries of M v - F Fᵀ v are above tolerance (a NaN is above) in the block's rows.
+template <typename T>
+__global__ void test_rows(Shape c, const T* m, T* f, double* work) {
+  const int64_t b = blockIdx.x / c.blocks, part = blockIdx.x % c.blocks;
+  const Matrix<T> x = c.matrix(m, f, work, b);
+  const int64_t i = part * kRows + threadIdx.x % kRows, lane = threadIdx.x / kRows;
+  const int64_t rank = rank_of(c, x);
+  if (rank < 0) return;
+  double product = 0;
+  // Along a column: M is symmetric, and neighbouring threads then read neighbouring entries.
+  for (int64_t j = lane; i < c.T && j < c.T; j += kLanes) {
+    product += test_entry(j) * static_cast<double>(x.m[j * c.row_stride + i * c.col_stride]);
+  }
+  for (int64_t k = lane; i < c.T && k < rank; k += kLanes) {
+    product -= static_cast<double>(x.f[k * c.T + i]) * x.fv[k];
+  }
+  product = block_sum(product, kRows);
+  if (threadIdx.x >= kRows) return;
+  const bool good = fabs(product) <= product_tolerance(c.T, *x.tolerance);
+  const unsigned bad = __ballot_sync(~0u, !good);
+  if (threadIdx.x == 0) x.parts[part].sum = bad == 0 ? 0 : 1;
 }
 
 template <typename T>
-__device__ int64_t factorise(const PivotedCholesky& c, const Matrix<T>& x) {
-  Pivot first{0, 0};
-  for (int64_t i = threadIdx.x; i < c.T; i += kThreads) {
-    x.rest[i] = static_cast<double>(x.m[i * (c.row_stride + c.col_stride)]);
-    if (x.rest[i] > first.rest) first = Pivot{x.rest[i], i};
+__global__ void finish(Shape c, const T* m, T* f, double* work, int64_t* ranks) {
+  const int64_t b = thread_index();
+  if (b >= c.batch.count) return;
+  const Matrix<T> x = c.matrix(m, f, work, b);
+  int64_t rank = rank_of(c, x);
+  for (int64_t part = 0; rank >= 0 && part < c.blocks; ++part) {
+    if (x.parts[part].sum != 0) rank = kFailed;
   }
-  const double tolerance = trace_tolerance<T>(c.T, block_largest(first).rest);
-  if (!isfinite(tolerance)) return -1;
-  Rest rest{tolerance};
-  for (int64_t k = 0;; ++k) {
-    double sum = 0, absolute = 0;
-    Pivot mine{0, 0};
-    for (int64_t i = threadIdx.x; i < c.T; i += kThreads) {
-      sum += x.rest[i];
-      absolute += fabs(x.rest[i]);
-      if (x.rest[i] > mine.rest) mine = Pivot{x.rest[i], i};
-    }
-    sum = block_total(sum);
-    absolute = block_total(absolute);
-    const Pivot p = block_largest(mine);
-    if (rest.is_rounding(k, sum, absolute)) {
-      return large_products(c, x, k, product_tolerance(c.T, tolerance)) == 0 ? k : -1;
-    }
-    if (k == c.max_rank || !(p.rest > 0)) return -1;
-    new_column(c, x, p, k);
-  }
-}
-
-template <typename T>
-__global__ void pivoted_cholesky_blocks(PivotedCholesky c, const T* __restrict__ m,
-                                        T* __restrict__ f, double* __restrict__ work,
-                                        int64_t* __restrict__ rank) {
-  const int64_t b = blockIdx.x;
-  double* own = work + b * (c.T + c.max_rank);
-  const Matrix<T> x{m + c.batch.offset(b), f + b * c.T * c.max_rank, own, own + c.T};
-  const int64_t found = factorise(c, x);
-  if (threadIdx.x == 0) rank[b] = found;
+  ranks[b] = rank;
 }
 
 std::tuple<Tensor, Tensor> pivoted_cholesky(const Tensor& M, int64_t max_rank) {
-  const PivotedCholesky c = pivoted_cholesky_of(M, max_rank);
+  const PivotedCholesky sizes = pivoted_cholesky_of(M, max_rank);
+  const Shape c{sizes, std::max<int64_t>(1, (sizes.T + kRows - 1) / kRows)};
+  const int64_t count = c.batch.count;
   const Sizes batch = batch_sizes(M, 2);
   Tensor F = torch::stable::new_zeros(M, concat(batch, {max_rank, c.T}));
   Tensor rank = torch::stable::new_empty(M, batch, ScalarType::Long);
   const Launcher launcher(M);
-  Tensor work = scratch(M, c.batch.count * (c.T + max_rank));
+  Tensor scratch_memory = scratch(M, count * c.work());
+  double* work = scratch_memory.mutable_data_ptr<double>();
   dispatch_floating(M, "pivoted_cholesky", [&](auto zero) {
     using T = decltype(zero);
-    launcher.blocks(c.batch.count, pivoted_cholesky_blocks<T>, c, M.const_data_ptr<T>(),
-                    F.mutable_data_ptr<T>(), work.mutable_data_ptr<double>(),
-                    rank.mutable_data_ptr<int64_t>());
+    const T* m = M.const_data_ptr<T>();
+    T* f = F.mutable_data_ptr<T>();
+    launcher.blocks_of(kRows, count * c.blocks, start<T>, c, m, f, work);
+    for (int64_t k = 0; k <= max_rank; ++k) {
+      launcher.blocks(count * c.blocks, add_column<T>, c, m, f, work, k);
+    }
+    launcher.blocks(count * max_rank, test_columns<T>, c, m, f, work);
+    launcher.blocks(count * c.blocks, test_rows<T>, c, m, f, work);
+    launcher.threads(count, finish<T>, c, m, f, work, rank.mutable_data_ptr<int64_t>());
   });
   return {torch::stable::transpose(F, -2, -1), rank};
 }

@@ -31,23 +31,16 @@ KRON_HD double trace_tolerance(int64_t size, double largest) {
          largest;
 }
 
-struct Rest {
-  static constexpr int kColumns = 4;
-  static constexpr double kNear = 64;
-
-  double tolerance;
-  double earlier[kColumns] = {};
-
-  // Whether it is rounding, given the sums of its diagonal, with signs and of the absolute values,
-  // after k = 0, 1, 2, … columns.
-  KRON_HD bool is_rounding(int64_t k, double sum, double absolute) {
-    const double before = earlier[k % kColumns];
-    earlier[k % kColumns] = absolute;
-    if (absolute <= tolerance) return true;
-    return k >= kColumns && absolute <= kNear * tolerance && 2 * absolute > before &&
-           sum <= tolerance;
-  }
-};
+// Whether the rest after k columns is rounding, given the sums of its diagonal, with signs and of
+// the absolute values, and the latter after 0, …, k - 1 columns.
+KRON_HD bool is_rounding(int64_t k, double sum, double absolute, const double* absolutes,
+                         double tolerance) {
+  constexpr int kColumns = 4;
+  constexpr double kNear = 64;
+  if (absolute <= tolerance) return true;
+  return k >= kColumns && absolute <= kNear * tolerance && 2 * absolute > absolutes[k - kColumns] &&
+         sum <= tolerance;
+}
 
 // The tolerance on an entry of E v: |E v|_i <= sqrt(E_ii) Σ_j sqrt(E_jj) <= sqrt(T) tr E for a
 // semidefinite E, and rounding in M and in F Fᵀ of the same order.

@@ -75,9 +75,9 @@ CPU = Costs(
     small_D=16,
 )
 
-# Estimates until they are measured: cuSOLVER's eigensolver is slow and its Cholesky is not; a
-# pivoted Cholesky occupies one multiprocessor for each matrix; a matrix of a small problem has to
-# fit into shared memory.
+# Estimates until they are measured: cuSOLVER's eigensolver is slow, for a low rank too, and
+# its Cholesky is not; a pivoted Cholesky is a launch for each column; a matrix of a small problem
+# has to fit into shared memory.
 CUDA = Costs(
     smallest_low_rank=96,
     rank_fraction=32,
