@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 #include <limits>
+#include <tuple>
 #include <utility>
 
 #include "checks.h"
@@ -154,6 +155,39 @@ inline SmallNll small_nll_of(const Tensor& Y, const Tensor& M, const Tensor& K, 
   s.noise_batch = batch_layout(noise, core, batch);
   return s;
 }
+
+struct SmallResults {
+  Tensor nll, gy, gm, gk, gnoise, status;
+
+  // The gradients are empty where they are not asked for.
+  SmallResults(const SmallNll& s, const Tensor& Y, const Sizes& batch, bool gradients)
+      : nll(torch::stable::new_empty(Y, batch)),
+        gy(gradient(Y, batch, gradients, {s.T, s.D})),
+        gm(gradient(Y, batch, gradients, {s.T, s.T})),
+        gk(gradient(Y, batch, gradients, {s.D, s.D})),
+        gnoise(s.full_noise ? gradient(Y, batch, gradients, {s.D, s.D})
+                            : gradient(Y, batch, gradients, {s.D})),
+        status(torch::stable::new_empty(Y, batch, ScalarType::Long)) {}
+
+  template <typename T>
+  SmallTensors<T> data(const Tensor& Y, const Tensor& M, const Tensor& K, const Tensor& noise) {
+    return {Y.const_data_ptr<T>(),        M.const_data_ptr<T>(),
+            K.const_data_ptr<T>(),        noise.const_data_ptr<T>(),
+            nll.mutable_data_ptr<T>(),    gy.mutable_data_ptr<T>(),
+            gm.mutable_data_ptr<T>(),     gk.mutable_data_ptr<T>(),
+            gnoise.mutable_data_ptr<T>(), status.mutable_data_ptr<int64_t>()};
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> as_tuple() const {
+    return {nll, gy, gm, gk, gnoise, status};
+  }
+
+ private:
+  static Tensor gradient(const Tensor& Y, const Sizes& batch, bool wanted,
+                         std::initializer_list<int64_t> core) {
+    return torch::stable::new_empty(Y, wanted ? concat(batch, core) : Sizes{0});
+  }
+};
 
 inline Sizes whiten_small_batch(const Tensor& K, const Tensor& noise, bool full_noise) {
   const char* op = "whiten_small";

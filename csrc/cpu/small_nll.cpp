@@ -237,30 +237,15 @@ void run(const SmallNll& s, const SmallTensors<T>& t, bool gradients) {
   return run_lanes<T, 64>(s, t, gradients, grouping);
 }
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Results small_nll(const Tensor& Y, const Tensor& M, const Tensor& K, const Tensor& noise,
-                  bool full_noise, bool gradients) {
+auto small_nll(const Tensor& Y, const Tensor& M, const Tensor& K, const Tensor& noise,
+               bool full_noise, bool gradients) {
   const Sizes batch = small_batch(Y, M, K, noise, full_noise);
   const SmallNll s = small_nll_of(Y, M, K, noise, full_noise, batch, kMaxSmallT);
-  const auto grad = [&](std::initializer_list<int64_t> core) {
-    return torch::stable::new_empty(Y, gradients ? concat(batch, core) : Sizes{0});
-  };
-  Tensor nll = torch::stable::new_empty(Y, batch);
-  Tensor status = torch::stable::new_empty(Y, batch, ScalarType::Long);
-  Tensor gy = grad({s.T, s.D}), gm = grad({s.T, s.T}), gk = grad({s.D, s.D});
-  Tensor gnoise = full_noise ? grad({s.D, s.D}) : grad({s.D});
+  SmallResults results(s, Y, batch, gradients);
   dispatch_floating(Y, "small_nll", [&](auto zero) {
-    using T = decltype(zero);
-    run(s,
-        SmallTensors<T>{Y.const_data_ptr<T>(), M.const_data_ptr<T>(), K.const_data_ptr<T>(),
-                        noise.const_data_ptr<T>(), nll.mutable_data_ptr<T>(),
-                        gy.mutable_data_ptr<T>(), gm.mutable_data_ptr<T>(),
-                        gk.mutable_data_ptr<T>(), gnoise.mutable_data_ptr<T>(),
-                        status.mutable_data_ptr<int64_t>()},
-        gradients);
+    run(s, results.data<decltype(zero)>(Y, M, K, noise), gradients);
   });
-  return {nll, gy, gm, gk, gnoise, status};
+  return results.as_tuple();
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_kronlik, CPU, m) { m.impl("small_nll", TORCH_BOX(&small_nll)); }

@@ -14,23 +14,6 @@
 
 namespace torch_kronlik {
 
-template <typename T>
-struct SmallTensors {
-  const T *y, *m, *k, *noise;
-  T *nll, *gy, *gm, *gk, *gnoise;
-  int64_t* status;
-
-  SmallOutputs<T> outputs(const SmallNll& s, int64_t b) const {
-    return {k + s.k_batch.offset(b),
-            s.k_row,
-            s.k_col,
-            noise + s.noise_batch.offset(b),
-            s.noise_row,
-            s.noise_col,
-            s.full_noise};
-  }
-};
-
 using Four = LanesOf<double, 32>::type;
 
 template <typename T>

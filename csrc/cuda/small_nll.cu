@@ -12,10 +12,7 @@ namespace {
 constexpr int64_t kMaxSmallT = 64;  // the rows of a block of threads
 
 template <typename T>
-struct Pointers {
-  const T *y, *m, *k, *noise;
-  T *nll, *gy, *gm, *gk, *gnoise;
-  int64_t* status;
+struct Pointers : SmallTensors<T> {
   double* basis;  // a Whitened for each problem
 
   __device__ const Whitened& whitened(int64_t b) const {
@@ -41,17 +38,6 @@ struct Shared {
   }
 };
 
-template <typename T>
-__device__ SmallOutputs<T> outputs_of(const SmallNll& s, const Pointers<T>& t, int64_t b) {
-  return {t.k + s.k_batch.offset(b),
-          s.k_row,
-          s.k_col,
-          t.noise + s.noise_batch.offset(b),
-          s.noise_row,
-          s.noise_col,
-          s.full_noise};
-}
-
 // One warp for each problem: its basis and its status, which tells of all inputs but Y. Of M both
 // triangles are looked at, although the factorisation reads one.
 template <typename T>
@@ -61,7 +47,7 @@ __global__ void whiten_problems(SmallNll s, Pointers<T> t) {
   const int64_t b = blockIdx.x;
   const int D = static_cast<int>(s.D);
   const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
-  SmallStatus status = whiten_by_warp(outputs_of(s, t, b), D, eps, &work, &basis);
+  SmallStatus status = whiten_by_warp(t.outputs(s, b), D, eps, &work, &basis);
   const T* m = t.m + s.m_batch.offset(b);
   double zero = 0;
   for (int e = threadIdx.x; status == kFine && e < s.T * s.T; e += 32) {
@@ -266,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, (blocks_at_once<T, N>()))
   if (threadIdx.x == 0) finish(s, t, sh, b);
   __syncthreads();
   if (!gradients) return;
-  const SmallOutputs<T> o = outputs_of(s, t, b);
+  const SmallOutputs<T> o = t.outputs(s, b);
   products(s, o, sh, basis, m, t.gy + b * n * D);
   rows_gradient(s, sh, t.gm + b * n * n);
   columns_gradient(s, o, sh, basis, t.gk + b * D * D, t.gnoise + b * D * (s.full_noise ? D : 1));
@@ -279,36 +265,23 @@ void launch(const Launcher& launcher, const SmallNll& s, const Pointers<T>& t, b
   launcher.blocks_of(threads, s.y_batch.count, small_problems<T, N>, s, t, gradients);
 }
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Results small_nll(const Tensor& Y, const Tensor& M, const Tensor& K, const Tensor& noise,
-                  bool full_noise, bool gradients) {
+auto small_nll(const Tensor& Y, const Tensor& M, const Tensor& K, const Tensor& noise,
+               bool full_noise, bool gradients) {
   const Sizes batch = small_batch(Y, M, K, noise, full_noise);
   const SmallNll s = small_nll_of(Y, M, K, noise, full_noise, batch, kMaxSmallT);
   const int64_t count = s.y_batch.count;
-  const auto grad = [&](std::initializer_list<int64_t> core) {
-    return torch::stable::new_empty(Y, gradients ? concat(batch, core) : Sizes{0});
-  };
-  Tensor nll = torch::stable::new_empty(Y, batch);
-  Tensor status = torch::stable::new_empty(Y, batch, ScalarType::Long);
-  Tensor gy = grad({s.T, s.D}), gm = grad({s.T, s.T}), gk = grad({s.D, s.D});
-  Tensor gnoise = full_noise ? grad({s.D, s.D}) : grad({s.D});
+  SmallResults results(s, Y, batch, gradients);
   const Launcher launcher(Y);
   Tensor basis = scratch(Y, count * static_cast<int64_t>(sizeof(Whitened) / sizeof(double)));
   dispatch_floating(Y, "small_nll", [&](auto zero) {
     using T = decltype(zero);
-    const Pointers<T> t{Y.const_data_ptr<T>(),           M.const_data_ptr<T>(),
-                        K.const_data_ptr<T>(),           noise.const_data_ptr<T>(),
-                        nll.mutable_data_ptr<T>(),       gy.mutable_data_ptr<T>(),
-                        gm.mutable_data_ptr<T>(),        gk.mutable_data_ptr<T>(),
-                        gnoise.mutable_data_ptr<T>(),    status.mutable_data_ptr<int64_t>(),
-                        basis.mutable_data_ptr<double>()};
+    const Pointers<T> t{results.data<T>(Y, M, K, noise), basis.mutable_data_ptr<double>()};
     launcher.blocks_of(32, count, whiten_problems<T>, s, t);
     if (s.T <= 16) return launch<T, 16>(launcher, s, t, gradients);
     if (s.T <= 32) return launch<T, 32>(launcher, s, t, gradients);
     launch<T, 64>(launcher, s, t, gradients);
   });
-  return {nll, gy, gm, gk, gnoise, status};
+  return results.as_tuple();
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_kronlik, CUDA, m) { m.impl("small_nll", TORCH_BOX(&small_nll)); }

@@ -18,6 +18,24 @@ struct SmallNll {
   BatchLayout y_batch, m_batch, k_batch, noise_batch;
 };
 
+// The data of the arguments and of the results.
+template <typename T>
+struct SmallTensors {
+  const T *y, *m, *k, *noise;
+  T *nll, *gy, *gm, *gk, *gnoise;
+  int64_t* status;
+
+  KRON_HD SmallOutputs<T> outputs(const SmallNll& s, int64_t b) const {
+    return {k + s.k_batch.offset(b),
+            s.k_row,
+            s.k_col,
+            noise + s.noise_batch.offset(b),
+            s.noise_row,
+            s.noise_col,
+            s.full_noise};
+  }
+};
+
 // Zero for an entry of M whose products with every λ_j are in the range of T, else NaN.
 template <typename T>
 KRON_HD double range_test(const Whitened& basis, T m) {
