@@ -120,7 +120,13 @@ def times(report: Report, device: str, quick: bool) -> None:
     from gpu_times import HEADER, Bench
 
     bench = Bench(device, quick, budget=0.3 if quick else 8)
-    for part in (bench.measure_floors, bench.block_sums, bench.small_kernels, bench.comparisons):
+    for part in (
+        bench.measure_floors,
+        bench.block_sums,
+        bench.small_kernels,
+        bench.pivots,
+        bench.comparisons,
+    ):
         report.table(HEADER, part())
     bench.budget = 0.1 if quick else 1
     report.add("\nValue and gradients by each route, float64, ms:")

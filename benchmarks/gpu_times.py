@@ -138,6 +138,16 @@ class Bench:
             what = f"small_nll, {batch} × T = {T}, D = {D}, float{8 * dtype}"
             yield self.row(what, ms, floor, f"value alone {value:.3g} ms")
 
+    def pivots(self) -> Iterator[Row]:
+        """Reading M once and, for each of r columns, those before it; a launch for each column."""
+        for T in (128, 256) if self.quick else (1024, 4096, 16384):
+            M = moved(Case(T, 1), self.device)[1]
+            sought = max(T // 32, 64)
+            r = int(ops.pivoted_cholesky(M, sought)[1])
+            ms = self.median(partial(ops.pivoted_cholesky, M, sought))
+            floor = 8 * (T * T + T * r * r / 2) / self.floors.bandwidth * 1e3
+            yield self.row(f"pivoted_cholesky, T = {T}, rank {r} of {sought}", ms, floor)
+
     # --- the likelihood against others -----------------------------------------------------------
 
     def against(self, case: Case, name: str, peer: Callable[..., Tensor], target: float = 0) -> Row:
@@ -181,7 +191,8 @@ class Bench:
                 times = [self.route(Case(T, D, "matern12"), m) for m in ("spectral", "cholesky")]
                 M = moved(Case(T, D, "matern12"), self.device)[1]
                 sought = self.median(partial(ops.pivoted_cholesky, M, T // 8))
-                found = self.route(Case(T, D), "low_rank")
+                # by name it is sought up to T
+                found = self.route(Case(T, D), "auto" if T > 64 else "low_rank")
                 yield [str(T), str(D), *(f"{x:.3g}" for x in (*times, sought, found))]
 
     def route(self, case: Case, method: str) -> float:
