@@ -50,8 +50,11 @@ __global__ void whiten_problems(SmallNll s, Pointers<T> t) {
   SmallStatus status = whiten_by_warp(t.outputs(s, b), D, eps, &work, &basis);
   const T* m = t.m + s.m_batch.offset(b);
   double zero = 0;
-  for (int e = threadIdx.x; status == kFine && e < s.T * s.T; e += 32) {
-    zero += range_test(basis, m[e / s.T * s.m_row + e % s.T * s.m_col]);
+  const int n = status == kFine ? static_cast<int>(s.T) : 0;
+  for (int i = 0; i < n; ++i) {
+    for (int k = threadIdx.x; k < n; k += 32) {
+      zero += range_test(basis, m[i * s.m_row + k * s.m_col]);
+    }
   }
   if (!__all_sync(kWholeWarp, zero == 0)) status = kNotFinite;
   __syncwarp();  // all lanes have read the basis
