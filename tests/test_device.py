@@ -5,6 +5,7 @@ Collected with ``--device`` alone, see conftest.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -134,6 +135,23 @@ def test_other_devices_are_refused_by_name(device: torch.device) -> None:
         ops.kron_diag_sums(p.M[0], p.K[0].cpu())
 
 
+MIXED: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "add": torch.add, "matmul": torch.matmul, "einsum": partial(torch.einsum, "ij,jk->ik"),
+    "cat": lambda x, y: torch.cat([x, y]), "where": lambda x, y: torch.where(x > 0, x, y),
+    "gather": lambda x, y: x.gather(0, y.long()),
+    "solve_triangular": lambda x, y: torch.linalg.solve_triangular(x, y, upper=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_tensors_of_the_cpu_do_not_mix_with_the_devices(name: str) -> None:
+    """As the other tests take for granted."""
+    x = torch.ones(2, 2)
+    for pair in ((x, x.cpu()), (x.cpu(), x)):
+        with pytest.raises(RuntimeError, match="same device"):
+            MIXED[name](*pair)
+
+
 @pytest.mark.parametrize("how", ["transposed", "strided", "offset", "batch_inside"])
 def test_layouts_of_every_kernel(how: str, dtype: torch.dtype, device: torch.device) -> None:
     p = make_problem(32, 4, batch=(6,), dtype=dtype)
@@ -148,7 +166,9 @@ def test_layouts_of_every_kernel(how: str, dtype: torch.dtype, device: torch.dev
 @each_noise
 def test_operators_never_wait(noise: str, device: torch.device) -> None:
     p = make_problem(32, 4, batch=(6,), noise=noise)
-    assert waits(lambda: torch.ones(1).item()) == 1, "waits are counted"
+    for waiting in (lambda: torch.ones(1).item(), lambda: torch.ones(1).equal(torch.ones(1)),
+                    lambda: torch.tensor([1.0])):  # fmt: skip
+        assert waits(waiting) == 1, "waits are counted"
     assert waits(lambda: kernels(p)) == 0
     assert waits(lambda: tk.block_diag_sum(p.M, 8)) == 0
 

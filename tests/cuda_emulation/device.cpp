@@ -20,6 +20,8 @@
 #include <torch/library.h>
 
 #include <cstring>
+#include <set>
+#include <string>
 
 namespace {
 
@@ -111,8 +113,12 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 
 // --- waiting -------------------------------------------------------------------------------------
 
-// How often the host has waited for a result, were this a GPU; "nonzero" makes a shape of values.
+// How often the host has waited, were this a GPU: for a copy from or to its own memory, and in
+// operators that make of values a shape, a number or an error.
 int64_t waits = 0;
+const std::set<std::string> kWaiting = {"aten::nonzero",  "aten::masked_select",
+                                        "aten::_unique2", "aten::repeat_interleave",
+                                        "aten::equal",    "aten::_linalg_eigh"};
 int computing = 0;  // copies between the devices are then the emulation's own
 
 struct Computing {
@@ -150,7 +156,7 @@ Tensor on_cpu(const Tensor& x) {
 }
 
 Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
-  waits += to.is_cpu() && computing == 0;
+  waits += to.is_cpu() != from.is_cpu() && computing == 0;
   on_cpu(to).copy_(on_cpu(from));
   return to;
 }
@@ -183,9 +189,26 @@ Tensor& set_storage(Tensor& x, at::Storage source) {
   return at::cpu::set_(x, source, 0, {size}, {1});
 }
 
+void refuse_other_devices(const Tensor& x) {
+  const bool number = x.defined() && x.is_cpu() && x.dim() == 0;
+  TORCH_CHECK(!x.defined() || number || x.device() == kDevice,
+              "Expected all tensors to be on the same device, but found at least two devices, ",
+              kDevice, " and ", x.device());
+}
+
+// As CUDA does. Indices may be the CPU's: they come as lists of tensors or nothing.
+void refuse_other_devices(const torch::jit::Stack& stack, size_t count) {
+  for (size_t k = stack.size() - count; k < stack.size(); ++k) {
+    if (stack[k].isTensor()) refuse_other_devices(stack[k].toTensor());
+    if (!stack[k].isTensorList()) continue;
+    for (const Tensor& x : stack[k].toTensorVector()) refuse_other_devices(x);
+  }
+}
+
 void compute_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  refuse_other_devices(*stack, op.schema().arguments().size());
   const Generators generators(*stack, op.schema().arguments().size());
-  waits += op.schema().name() == "aten::nonzero";
+  waits += kWaiting.count(op.schema().name());
   const Computing now;
   at::native::cpu_fallback(op, stack);
 }
