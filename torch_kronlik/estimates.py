@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,11 +16,17 @@ __all__ = ["Estimates", "Information", "leaves_of", "rebuild"]
 
 
 class Estimates(NamedTuple):
-    """Values with their standard errors; ``str`` gives a line ``name  value ± s.e.`` each."""
+    """Values with their standard errors; ``str`` gives a line ``name  value ± s.e.`` each.
 
-    values: Any  # tensors in the structure that was asked for
-    standard_errors: Any  # the same
-    covariance: Tensor  # (q, q), of all q values in order
+    Attributes:
+        values: tensors in the structure that was asked for.
+        standard_errors: the same structure, in the units of the values.
+        covariance: (q, q), of all q values in order.
+    """
+
+    values: Any
+    standard_errors: Any
+    covariance: Tensor
 
     def __str__(self) -> str:
         names = _aligned(_names(self.values))
@@ -204,7 +211,7 @@ def _aligned(names: list[str]) -> list[str]:
 
 
 def _indices(x: Tensor) -> list[tuple[int, ...]]:
-    return [tuple(i) for i in torch.ones(x.shape).nonzero().tolist()]
+    return list(itertools.product(*map(range, x.shape)))
 
 
 def _flat(tree: Any) -> list[float]:

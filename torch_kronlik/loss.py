@@ -108,6 +108,14 @@ class KroneckerGaussianNLLLoss(nn.Module):
 
     @full_precision
     def forward(self, Y: Tensor, M: Tensor | SymmetricEigen, K: Tensor) -> Tensor:
+        """The loss of residuals Y (*batch, T, D) at M (*batch, T, T) and K (*batch, D, D).
+
+        Returns:
+            () or, with ``reduction="none"``, (*batch,); in nats, by default per entry of Y.
+
+        Raises:
+            TypeError, ValueError, torch.linalg.LinAlgError: as :func:`kron_gaussian_nll`.
+        """
         check_floating(K=K)
         check_square("K", K, "D", self.num_outputs)
         if self.noise_structure == "diagonal":
