@@ -56,6 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device=cuda: torch sees no CUDA device")
     if device.type != "cpu":
+        config.option.doctestmodules = False  # what they print is the CPU's
         # where tests make tensors; the library says for each of its own: test_device.py
         torch.set_default_device(device)
     # torch's own modules (forward mode, vmap) call it on import: nothing a user of them can change.
@@ -74,9 +75,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return True if kind != "cuda" else None
     if name == "test_device.py":
         return True if kind == "cpu" else None
-    of_cpu = name.startswith(("test_examples", "test_cuda_emulated")) or (
-        name.endswith(".py") and not name.startswith("test_")  # examples in docstrings
-    )
+    of_cpu = name.startswith(("test_examples", "test_cuda_emulated"))
     return True if of_cpu and kind != "cpu" else None
 
 

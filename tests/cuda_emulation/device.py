@@ -9,11 +9,10 @@ import types
 from pathlib import Path
 
 import torch
+from cuda_emulation.build import build_device
 
 from torch_kronlik import autocast
 from torch_kronlik.factor import plan
-
-from .build import build_device
 
 _device: ctypes.CDLL | None = None
 
