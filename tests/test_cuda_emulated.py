@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import test_block_diag_sum as blocks
 import test_kron_diag as kron
-import test_routes as routes
+import test_pivoted_cholesky as pivoted
 import test_small as small
 import torch
 from battery import NOISES, laid_out
@@ -231,7 +231,7 @@ def test_kron_diag_layouts(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("T", "r"), [(1, 1), (31, 2), (33, 33), (64, 3), (257, 7)])
 def test_pivoted_cholesky(T: int, r: int, dtype: torch.dtype) -> None:
-    M = routes.of_rank(T, r, dtype=dtype)
+    M = pivoted.of_rank(T, r, dtype=dtype)
     for how in LAYOUTS[:4]:
         F, rank = ops.pivoted_cholesky(relayout(M, how), min(T, r + 2))
         assert rank == r
@@ -241,7 +241,7 @@ def test_pivoted_cholesky(T: int, r: int, dtype: torch.dtype) -> None:
 
 def test_pivoted_cholesky_of_a_batch(dtype: torch.dtype) -> None:
     """Each matrix as it is alone: some of low rank, one that is not, one that is indefinite."""
-    good = [routes.of_rank(24, r, dtype=dtype) for r in (0, 2, 5, 12)]
+    good = [pivoted.of_rank(24, r, dtype=dtype) for r in (0, 2, 5, 12)]
     M = torch.stack([*good, -good[1], torch.full_like(good[0], math.nan)]).view(2, 3, 24, 24)
     F, rank = ops.pivoted_cholesky(M, 8)
     assert rank.tolist() == [[0, 2, 5], [-1, -1, -1]]
@@ -249,9 +249,9 @@ def test_pivoted_cholesky_of_a_batch(dtype: torch.dtype) -> None:
     assert torch.equal(rank, cpu("pivoted_cholesky")(M, 8)[1])
 
 
-@pytest.mark.parametrize("name", routes.INDEFINITE)
+@pytest.mark.parametrize("name", pivoted.INDEFINITE)
 def test_pivoted_cholesky_refuses(name: str, dtype: torch.dtype) -> None:
-    M = routes.INDEFINITE[name].to(dtype)
+    M = pivoted.INDEFINITE[name].to(dtype)
     for max_rank in {0, 1, len(M)}:
         assert ops.pivoted_cholesky(M, max_rank)[1] == -1
 
