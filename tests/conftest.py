@@ -99,6 +99,14 @@ def seed() -> Iterator[None]:
 
 
 @pytest.fixture
+def float64() -> Iterator[None]:
+    """As torch's default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def assert_close() -> Callable[..., None]:
     """`assert_close(actual, expected, condition=…, quantity=…)`, see `check_close`."""
     return check_close
