@@ -14,6 +14,7 @@ import pytest
 import torch
 from cuda_emulation import device as emulated_device
 from torch import Tensor
+from torch.distributions import Distribution
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -96,6 +97,15 @@ def seed() -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def validation_on() -> Iterator[None]:
+    """torch.compile switches the validation of distributions off for the whole process."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(True)
+    yield
+    Distribution.set_default_validate_args(before)
 
 
 @pytest.fixture
