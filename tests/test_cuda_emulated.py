@@ -263,6 +263,11 @@ def test_pivoted_cholesky_of_a_smooth_kernel(dtype: torch.dtype) -> None:
     check_close(F @ F.mT, M.double())
 
 
+def test_pivoted_cholesky_takes_the_first_of_equals(dtype: torch.dtype) -> None:
+    eye = torch.eye(70, dtype=dtype)
+    assert torch.equal(ops.pivoted_cholesky(eye, 70)[0], eye)
+
+
 def test_pivoted_cholesky_of_nothing(dtype: torch.dtype) -> None:
     for shape in ((0, 0), (2, 0, 0), (0, 3, 3)):
         F, rank = ops.pivoted_cholesky(torch.zeros(shape, dtype=dtype), shape[-1])

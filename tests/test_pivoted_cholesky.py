@@ -73,6 +73,11 @@ def test_smooth_kernel_is_of_low_rank_to_rounding() -> None:
     assert rest.abs().max() <= 256 * 2.0**-51
 
 
+def test_the_first_of_equal_pivots(dtype: torch.dtype) -> None:
+    eye = torch.eye(70, dtype=dtype)
+    assert torch.equal(pivoted_cholesky(eye, 70)[0], eye)
+
+
 def test_rank_that_is_too_high(dtype: torch.dtype) -> None:
     M = of_rank(20, 5, dtype=dtype)
     for max_rank in range(5):
@@ -92,6 +97,7 @@ INDEFINITE = {
     "repeated hollow": torch.kron(torch.eye(24), torch.tensor(HOLLOW)),
     "hollow everywhere": torch.kron(torch.ones(24, 24), torch.tensor(HOLLOW)),
     "beside a good block": torch.block_diag(torch.ones(4, 4), torch.tensor(HOLLOW)),
+    "far below a good block": torch.block_diag(torch.ones(40, 40), torch.tensor(HOLLOW)),
     "no diagonal": torch.ones(6, 6) - torch.eye(6),
     "Hankel": (torch.arange(8)[:, None] + torch.arange(8) == 7).float(),
 }
