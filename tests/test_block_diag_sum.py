@@ -98,7 +98,7 @@ def test_any_shape_and_any_strides(p, m, n, batch, order, offset):
     shape = (*batch, p * m + offset, p * n)
     axes = [a for a in order if a < len(shape)]
     storage = np.random.default_rng(0).integers(-9, 9, [shape[a] for a in axes]).astype(np.float64)
-    A = torch.from_numpy(storage).permute(*np.argsort(axes).tolist())[..., offset:, :]
+    A = torch.tensor(storage).permute(*np.argsort(axes).tolist())[..., offset:, :]
     assert torch.equal(tk.block_diag_sum(A, p), loop(A, p))
 
 
