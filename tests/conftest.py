@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 import pytest
 import torch
 from cuda_emulation import device as emulated_device
+from cuda_emulation.build import compiler
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -52,6 +54,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "emulated":
+        if sys.platform != "linux" or compiler() is None:
+            raise pytest.UsageError("--device=emulated needs Linux and a C++ compiler: c++ or $CXX")
         emulated_device.start()
     device = torch.device(config.getoption("--device"))
     if device.type == "cuda" and not torch.cuda.is_available():
