@@ -82,6 +82,10 @@ def others(p: Problem, rows: Any) -> dict[str, Tensor]:
     post = tk.condition(p.Y, p.M, p.K, rows.M_cross, rows.M_test, **p.noise)
     s, _ = tk.symmetric_eigen(p.M)
     a = p.K[0] / 3
+
+    def scaled(c: Tensor) -> tk.KroneckerPlusNoise:
+        return tk.KroneckerPlusNoise(c[0] * p.M, c[1] * p.K, **p.noise)
+
     return {
         "diagonal": U.diagonal(), "to_dense": U.to_dense(), "matmul": U.matmul(p.Y),
         "log_prob": d.log_prob(p.Y), "entropy": d.entropy(), "variance": d.variance,
@@ -91,6 +95,7 @@ def others(p: Problem, rows: Any) -> dict[str, Tensor]:
         "leave_one_out": torch.stack(tk.leave_one_out(p.Y, p.M, p.K, **p.noise)),
         "leave_one_row_out": tk.leave_one_row_out(p.Y, p.M, p.K, **p.noise)[1],
         "eigenvalues": s, "block": tk.block_diag(p.M, 1, 2), "blocks": tk.block_diag_sum(p.M, 2),
+        "fisher": tk.fisher_information(scaled, p.K.new_ones(2)).matrix,
         "expm": tk.expm_diag_multiply(a, p.K, a), "jacobian": tk.expm_diag_jacobian(a, p.K, a),
     }  # fmt: skip
 

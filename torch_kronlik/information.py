@@ -280,7 +280,8 @@ def _add(
 
 
 def _grid(rows: list[int], columns: list[int]) -> tuple[Tensor, Tensor]:
-    return torch.tensor(rows)[:, None], torch.tensor(columns)[None]
+    row, column = (torch.tensor(x, device="cpu") for x in (rows, columns))  # indices for any device
+    return row[:, None], column[None]
 
 
 def _gram(X: Tensor, weights: Tensor, Y: Tensor) -> Tensor:
