@@ -132,6 +132,17 @@ def test_loss_and_samples(noise: str, device: torch.device) -> None:
     assert (torch.cov(draws.mT) - dense).abs().max() < 0.1 * dense.abs().max()
 
 
+@pytest.mark.parametrize("where", ["cpu", None])
+def test_draws_are_where_the_tensors_are(where: str | None) -> None:
+    """Not on torch's default device, which is the one of the test run."""
+    rows = make_new_rows(6, 2, 3, device=where)
+    p = rows.problem
+    post = tk.condition(p.Y, p.M, p.K, rows.M_cross, rows.M_test, **p.noise)
+    U = tk.KroneckerPlusNoise(p.M, p.K, **p.noise)
+    for x in (U.sample(), tk.KroneckerNormal(p.Y, p.M, p.K, **p.noise).sample(), post.rsample()):
+        assert x.device == p.Y.device
+
+
 def test_other_devices_are_refused_by_name(device: torch.device) -> None:
     p = make_problem(4, 2)
     with pytest.raises(ValueError, match="K must be on the device of M"):
