@@ -1,4 +1,4 @@
-"""Imports inside the package go from a higher level to a lower one, so that there are no cycles."""
+"""The source of the package: imports go in one direction, and devices are named."""
 
 from __future__ import annotations
 
@@ -86,3 +86,20 @@ def test_imports_go_down(path: Path) -> None:
 
 def test_package_is_found() -> None:
     assert PACKAGE / "reference.py" in FILES
+
+
+MAKE_TENSORS = {
+    "arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn",
+    "randperm", "sparse_csr_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.name)
+def test_whoever_makes_a_tensor_says_where(path: Path) -> None:
+    """A default device would hide it from every other test."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+            if of_torch and node.func.attr in MAKE_TENSORS:
+                named = any(keyword.arg in ("device", None) for keyword in node.keywords)
+                assert named, f"line {node.lineno}: {ast.unparse(node)}"

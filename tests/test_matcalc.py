@@ -215,3 +215,13 @@ def test_errors_name_the_argument() -> None:
         mc.partial_trace(A, 2, factor=2)
     with pytest.raises(ValueError, match="blocks of A must be square for factor=1"):
         mc.partial_trace(A, 2, factor=1)
+
+
+def test_matrices_are_made_on_a_device() -> None:
+    made = (
+        mc.commutation_matrix(2, 3, device="meta"),
+        mc.duplication_matrix(3, device="meta"),
+        mc.kron_identity_matrix(2, 3, device="meta"),
+    )
+    assert [X.device.type for X in made] == ["meta"] * 3
+    assert [X.shape for X in made] == [(6, 6), (9, 6), (36, 9)]

@@ -60,10 +60,11 @@ T, D = 20, 3
 
 def _problem(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Y, M, K and log_noise; M has rank 12 of 20."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(device)
+        drawn = torch.randn(*shape, dtype=torch.float64, device="cpu", generator=generator)
+        return drawn.to(device)
 
     F, R = randn(T, 12), randn(D, D)
     return randn(T, D), F @ F.mT, R @ R.mT, randn(D)

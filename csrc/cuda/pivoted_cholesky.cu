@@ -15,7 +15,7 @@ constexpr int kLanes = kThreads / kRows;
 
 // The rest's diagonal: its sums and where it is the largest, the first of equals.
 struct Diagonal {
-  double sum = 0, absolute = 0, largest = 0, pivot = 0;
+  double sum, absolute, largest, pivot;
 
   __device__ Diagonal with(const Diagonal& b) const {
     const bool later = b.largest > largest || (b.largest == largest && b.pivot < pivot);
@@ -36,7 +36,7 @@ __device__ Diagonal over_warp(Diagonal d) {
 // Of all rows, for all threads of a block.
 __device__ Diagonal over_parts(const Diagonal* parts, int64_t count) {
   __shared__ Diagonal of_warp[kThreads / 32];
-  Diagonal d;
+  Diagonal d{};
   for (int64_t part = threadIdx.x; part < count; part += kThreads) d = d.with(parts[part]);
   d = over_warp(d);
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = d;

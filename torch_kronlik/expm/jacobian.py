@@ -48,7 +48,7 @@ def _sum_steps(d: Tensor, A: Tensor, v: Tensor, steps: Steps) -> Tensor:
     growth = torch.exp(steps.shift / steps.number)
     powers = _powers(d, A, steps)
     P = growth.unsqueeze(-1) * _polynomial(powers)
-    w, J = v, torch.zeros(())
+    w, J = v, v.new_zeros(())
     for i in range(steps.number):
         local = growth.unsqueeze(-1) / steps.number * _local(powers, A, w)
         J = P @ J + local if i else local

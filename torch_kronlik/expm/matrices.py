@@ -89,9 +89,13 @@ class CsrMatrix:
     def _csr(self, values: Tensor, crow: Tensor, col: Tensor) -> tuple[list[Tensor], torch.Size]:
         flat = values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
         crow = crow.to(col.dtype)
-        return [
-            torch.sparse_csr_tensor(crow, col, x, self.shape, check_invariants=False) for x in flat
-        ], values.shape[:-1]
+
+        def matrix(x: Tensor) -> Tensor:
+            return torch.sparse_csr_tensor(
+                crow, col, x, self.shape, device=x.device, check_invariants=False
+            )
+
+        return [matrix(x) for x in flat], values.shape[:-1]
 
     def matvec(self, y: Element) -> Element:
         return product(self._apply, self._forward, y)
@@ -105,7 +109,9 @@ class CsrMatrix:
         if batch == ():
             return (each[0] @ y.reshape(-1, y.shape[-1]).mT).mT.reshape(y.shape)
         joint = torch.broadcast_shapes(batch, y.shape[:-1])
-        index = torch.arange(len(each)).reshape(batch).expand(joint).flatten().tolist()
+        index = (
+            torch.arange(len(each), device="cpu").reshape(batch).expand(joint).flatten().tolist()
+        )
         rows = y.expand(*joint, y.shape[-1]).reshape(-1, y.shape[-1])
         out = [
             (each[i] @ row.unsqueeze(-1)).squeeze(-1) for i, row in zip(index, rows, strict=True)

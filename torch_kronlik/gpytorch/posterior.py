@@ -128,7 +128,8 @@ class KroneckerPosteriorLinearOperator(StructuredLinearOperator):
         """The matrix itself."""
         out = self.posterior.covariance_matrix
         if self.noise:
-            n, eye = self.shape[-1], torch.eye(self.M_test.shape[-1]).to(out)
+            n = self.shape[-1]
+            eye = torch.eye(self.M_test.shape[-1], dtype=out.dtype, device=out.device)
             noise = eye[:, None, :, None] * noise_matrix(self.noise)[..., None, :, None, :]
             out = out + noise.reshape(*noise.shape[:-4], n, n)
         return self._expanded(out, 2)

@@ -198,7 +198,7 @@ def _sorted_rows(trial: Trial) -> Tensor | None:
 def _lexical(J: Tensor) -> Tensor:
     rounded = J / J.abs().max().clamp_min(torch.finfo(J.dtype).tiny)
     keys = [tuple(round(x, 9) + 0.0 for x in row) for row in rounded.tolist()]
-    return torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
+    return torch.tensor(sorted(range(len(keys)), key=keys.__getitem__), device="cpu")
 
 
 _JACOBIAN: list[tuple[str, Undo]] = [

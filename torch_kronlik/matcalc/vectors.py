@@ -115,7 +115,7 @@ def unvech(x: Tensor) -> Tensor:
     return x[..., _place_in_vech(n, x.device)]
 
 
-def _place_in_vech(n: int, device: torch.device | None = None) -> Tensor:
+def _place_in_vech(n: int, device: torch.device | str | None = None) -> Tensor:
     """(n, n): at [i, j] the position of entry (i, j) of a symmetric matrix in its vech."""
     column, row = torch.triu_indices(n, n, device=device)
     place = torch.zeros(n, n, dtype=torch.long, device=device)
@@ -123,7 +123,9 @@ def _place_in_vech(n: int, device: torch.device | None = None) -> Tensor:
     return place
 
 
-def commutation_matrix(m: int, n: int, *, dtype: torch.dtype | None = None) -> Tensor:
+def commutation_matrix(
+    m: int, n: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Tensor:
     """C with vec(Aᵀ) = C vec(A) for every m×n matrix A.
 
     C = Σ_ij E_ij ⊗ E_ijᵀ with E_ij of size m×n. Identities: Cᵀ = C⁻¹ =
@@ -131,7 +133,7 @@ def commutation_matrix(m: int, n: int, *, dtype: torch.dtype | None = None) -> T
 
     Args:
         m, n: the shape of A.
-        dtype: of the result, torch's default where None.
+        dtype, device: of the result, torch's defaults where None.
 
     Returns:
         (m·n, m·n), a permutation matrix.
@@ -147,16 +149,18 @@ def commutation_matrix(m: int, n: int, *, dtype: torch.dtype | None = None) -> T
     """
     require_size("m", m)
     require_size("n", n)
-    order = torch.arange(m * n).reshape(n, m).mT.reshape(-1)
-    return torch.eye(m * n, dtype=dtype)[order]
+    order = torch.arange(m * n, device=device).reshape(n, m).mT.reshape(-1)
+    return torch.eye(m * n, dtype=dtype, device=device)[order]
 
 
-def duplication_matrix(n: int, *, dtype: torch.dtype | None = None) -> Tensor:
+def duplication_matrix(
+    n: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Tensor:
     """The matrix that makes vec(S) of vech(S), for symmetric S of size n×n.
 
     Args:
         n: the size of S.
-        dtype: of the result, torch's default where None.
+        dtype, device: of the result, torch's defaults where None.
 
     Returns:
         (n², n (n + 1)/2), of zeros and ones.
@@ -171,10 +175,13 @@ def duplication_matrix(n: int, *, dtype: torch.dtype | None = None) -> Tensor:
     tensor([1., 2., 2., 3.])
     """
     require_size("n", n)
-    return torch.eye(n * (n + 1) // 2, dtype=dtype)[vec(_place_in_vech(n))]
+    place = vec(_place_in_vech(n, device))
+    return torch.eye(n * (n + 1) // 2, dtype=dtype, device=device)[place]
 
 
-def kron_identity_matrix(p: int, n: int, *, dtype: torch.dtype | None = None) -> Tensor:
+def kron_identity_matrix(
+    p: int, n: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Tensor:
     """N with vec(I_p ⊗ S) = N vec(S) for every n×n matrix S.
 
     N = [I_n ⊗ e_1; …; I_n ⊗ e_p] ⊗ I_n, e_k the columns of I_p. Its transpose takes the vec of a
@@ -184,7 +191,7 @@ def kron_identity_matrix(p: int, n: int, *, dtype: torch.dtype | None = None) ->
     Args:
         p: the number of blocks.
         n: the size of S.
-        dtype: of the result, torch's default where None.
+        dtype, device: of the result, torch's defaults where None.
 
     Returns:
         ((p·n)², n²), of zeros and ones.
@@ -200,6 +207,6 @@ def kron_identity_matrix(p: int, n: int, *, dtype: torch.dtype | None = None) ->
     """
     require_size("p", p)
     require_size("n", n)
-    eye, large = torch.eye(n, dtype=dtype), torch.eye(p, dtype=dtype)
+    eye, large = (torch.eye(size, dtype=dtype, device=device) for size in (n, p))
     tall = torch.cat([torch.kron(eye, e.reshape(p, 1)) for e in large]) if p else eye[:0]
     return torch.kron(tall, eye)
