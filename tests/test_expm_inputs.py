@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from devices import no_sparse
+from devices import DEVICE, no_sparse
 from expm_problems import METHODS, ROUTES, apply, assert_near, jordan, n, normal, small_inputs
 
 from torch_kronlik.expm import expm_diag_jacobian, expm_diag_multiply
@@ -88,6 +88,8 @@ def test_empty_inputs() -> None:
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_two_runs_agree_bit_for_bit(route: str) -> None:
+    if route == "sparse" and DEVICE.type == "cuda":
+        pytest.skip("cuSPARSE promises no order of summation")
     inputs = small_inputs(20)
     first, second = (torch.autograd.grad(apply(route, *inputs).sum(), inputs) for _ in range(2))
     for a, b in zip(first, second, strict=True):
