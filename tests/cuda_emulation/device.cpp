@@ -19,6 +19,7 @@
 #include <c10/core/impl/alloc_cpu.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cstring>
 #include <set>
 #include <string>
@@ -115,11 +116,12 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 
 // How often the host has waited, were this a GPU: for a copy from or to its own memory, and in
 // operators that make of values a shape, a number or an error.
-int64_t waits = 0;
+std::atomic<int64_t> waits = 0;
 const std::set<std::string> kWaiting = {"aten::nonzero",  "aten::masked_select",
                                         "aten::_unique2", "aten::repeat_interleave",
                                         "aten::equal",    "aten::_linalg_eigh"};
-int computing = 0;  // copies between the devices are then the emulation's own
+// Copies between the devices are then the emulation's own. Autograd has a thread for each device.
+thread_local int computing = 0;
 
 struct Computing {
   Computing() { ++computing; }
