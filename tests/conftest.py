@@ -62,7 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--device=cuda: torch sees no CUDA device")
     if device.type != "cpu":
         config.option.doctestmodules = False  # what they print is the CPU's
-        # where tests make tensors; the library says for each of its own: test_device.py
+        # where tests make tensors; the library says for each of its own: test_layering.py
         torch.set_default_device(device)
     # torch's own modules (forward mode, vmap) call it on import: nothing a user of them can change.
     for category in ("DeprecationWarning", "FutureWarning"):

@@ -33,6 +33,11 @@ __device__ Diagonal over_warp(Diagonal d) {
   return d;
 }
 
+// Of the rows i of a warp, each with its own rest.
+__device__ Diagonal over_rows(double rest, int64_t i) {
+  return over_warp({rest, fabs(rest), rest > 0 ? rest : 0, static_cast<double>(rest > 0 ? i : 0)});
+}
+
 // Of all rows, for all threads of a block.
 __device__ Diagonal over_parts(const Diagonal* parts, int64_t count) {
   __shared__ Diagonal of_warp[kThreads / 32];
@@ -88,8 +93,7 @@ __global__ void start(Shape c, const T* m, T* f, double* work) {
   const int64_t i = part * kRows + threadIdx.x;
   double rest = 0;
   if (i < c.T) x.rest[i] = rest = static_cast<double>(x.m[i * (c.row_stride + c.col_stride)]);
-  const Diagonal d =
-      over_warp({rest, fabs(rest), rest > 0 ? rest : 0, static_cast<double>(rest > 0 ? i : 0)});
+  const Diagonal d = over_rows(rest, i);
   if (threadIdx.x == 0) x.parts[part] = d;
   if (part == 0 && threadIdx.x == 0) x.state[0] = kRunning;
 }
@@ -114,8 +118,7 @@ __device__ void new_column(const Shape& c, const Matrix<T>& x, const Diagonal& d
     rest = i == p ? 0 : rest - static_cast<double>(value) * static_cast<double>(value);
     x.rest[i] = rest;
   }
-  const Diagonal next =
-      over_warp({rest, fabs(rest), rest > 0 ? rest : 0, static_cast<double>(rest > 0 ? i : 0)});
+  const Diagonal next = over_rows(rest, i);
   if (threadIdx.x == 0) x.parts[(k + 1) % 2 * c.blocks + part] = next;
 }
 
@@ -162,7 +165,7 @@ __global__ void test_columns(Shape c, const T* m, T* f, double* work) {
   if (threadIdx.x == 0) x.fv[k] = sum;
 }
 
-// How many entries of M v - F Fᵀ v are above tolerance (a NaN is above) in the block's rows.
+// Whether an entry of M v - F Fᵀ v is above tolerance (a NaN is) in the block's rows.
 template <typename T>
 __global__ void test_rows(Shape c, const T* m, T* f, double* work) {
   const int64_t b = blockIdx.x / c.blocks, part = blockIdx.x % c.blocks;
