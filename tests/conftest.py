@@ -113,6 +113,13 @@ def validation_on() -> Iterator[None]:
 
 
 @pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def float64() -> Iterator[None]:
     """As torch's default dtype."""
     torch.set_default_dtype(torch.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,21 +16,17 @@ from torch.autograd import grad
 
 import torch_kronlik as tk
 
-# What the compiler says of its caches being off, and of its own internals.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:dynamo_pgo force disabled:UserWarning",
-    "ignore::DeprecationWarning",
-    "ignore:.*online softmax.*:UserWarning",
-)
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    # What the compiler says of its caches being off, and of its own internals.
+    pytest.mark.filterwarnings(
+        "ignore:dynamo_pgo force disabled:UserWarning",
+        "ignore::DeprecationWarning",
+        "ignore:.*online softmax.*:UserWarning",
+    ),
+]
 
 NAMES = ["kron_gaussian_nll", "kron_solve", "kron_matmul", "inverse_diagonal"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def total(name: str, noise: str) -> Callable[..., Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -81,13 +81,6 @@ def test_methods_by_name() -> None:
 
 
 # ---------------------------------------------------------------- traced
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def compiled_gradients(f: Callable[[Problem], Tensor], p: Problem) -> list[Tensor]:
