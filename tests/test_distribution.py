@@ -24,7 +24,7 @@ from problems import BATCHES, LAYOUTS, condition_number, make_problem
 from torch.distributions import Independent, Normal, kl_divergence
 
 from torch_kronlik.distribution import KroneckerNormal
-from torch_kronlik.symmetric_eigen import symmetric_eigen
+from torch_kronlik.rows import symmetric_eigen
 
 pytestmark = pytest.mark.usefixtures("validation_on")
 

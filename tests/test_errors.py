@@ -88,7 +88,8 @@ def test_dtypes_that_are_not_supported(name: str, noise: str) -> None:
         for dtype in (torch.float16, torch.int64, torch.complex128):
             with pytest.raises(TypeError, match=rf"^{key} must be float32 or float64, got {dtype}"):
                 f.structured(changed(p, **{key: leaves(p)[key].to(dtype)}))
-        with pytest.raises(TypeError, match=rf"^{key} must be a tensor, got list"):
+        kind = r"a tensor or a row covariance \(.*\)" if key == "M" else "a tensor"
+        with pytest.raises(TypeError, match=rf"^{key} must be {kind}, got list"):
             f.structured(from_leaves({**leaves(p), key: [1.0]}))  # type: ignore[dict-item]
 
 

@@ -14,13 +14,19 @@ LEVEL = {
     "_version": 0.0,
     "autocast": 0.5,  # keeps everything in full precision inside autocast regions
     "capture": 0.5,  # what is different while a CUDA graph is captured
+    "batch": 0.5,  # shapes
+    "errors": 0.7,  # messages
+    "checks": 0.8,  # arguments looked at
+    "levels": 0.8,  # every private name of torch
+    "records": 0.8,  # arguments and results of operators
     "derivatives": 1.0,  # how a native op gets its derivative rules
+    "guards": 1.5,  # checks of values, as operators
     "ops": 1.5,
     "blocks": 1.8,
-    "factor": 2.0,
+    "noise": 2.0,  # what Σ can be
+    "rows": 2.0,  # what M can be
+    "factor": 2.3,  # the routes
     "rules": 2.5,  # the differentiable operations over a factorisation
-    "checks": 2.7,
-    "symmetric_eigen": 2.8,
     "covariance": 3.0,
     "linalg": 3.2,
     "likelihood": 3.2,
@@ -68,7 +74,7 @@ def allowed(importer: str, imported: str) -> bool:
     if imported in SIDE_ROOMS:
         return importer in {"__init__", "__main__"}
     if importer in SIDE_ROOMS:
-        return imported in {"autocast", "derivatives", "ops"}
+        return imported in {"autocast", "batch", "errors", "checks", "levels", "derivatives", "ops"}
     # A name that is no module is a public one, taken from __init__.
     return LEVEL[importer] > LEVEL.get(imported, LEVEL["__init__"])
 

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch_kronlik import reference
 from torch_kronlik.distribution import KroneckerNormal
 from torch_kronlik.loss import KroneckerGaussianNLLLoss
-from torch_kronlik.symmetric_eigen import symmetric_eigen
+from torch_kronlik.rows import symmetric_eigen
 
 T, D = 5, 3
 NOISES = ("diagonal", "full")

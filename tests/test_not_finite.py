@@ -13,7 +13,8 @@ from test_errors import LinAlgError, arguments, changed
 from torch import Tensor
 
 import torch_kronlik as tk
-from torch_kronlik.factor import diagnose, eigen
+from torch_kronlik import errors
+from torch_kronlik.factor import whiten
 from torch_kronlik.factor.plan import METHODS
 
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
@@ -137,7 +138,7 @@ def test_a_fault_in_a_captured_graph_of_constant_rows(
     noise: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host cannot wait for a check then, and a replay cannot raise."""
-    for module in (diagnose, eigen):
+    for module in (errors, whiten):
         monkeypatch.setattr(module, "is_captured", lambda x: True)
     p = make_problem(6, 3, batch=(4,), noise=noise)
     M = tk.symmetric_eigen(p.M)

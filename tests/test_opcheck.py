@@ -77,6 +77,7 @@ def use_everything(p: Problem, method: str) -> None:
     tk.KroneckerPlusNoise(p.M, p.K, **p.noise, method=method).sample()
     pair = tk.symmetric_eigen(p.M)
     tk.KroneckerPlusNoise(pair, p.K, **p.noise).sample()
+    tk.KroneckerPlusNoise(tk.LowRankRoot(p.Y), p.K, **p.noise).logdet()
     cross, test = p.M[..., :1, :], p.M[..., :1, :1] + 1
     tk.condition(p.Y, p.M, p.K, cross, test, **p.noise, method=method).rsample((2,))
     twice(p, method)

@@ -150,6 +150,8 @@ def test_second_derivatives_agree_in_all_modes(
 
 @each_function
 def test_gradients_are_symmetric(name: str) -> None:
+    if name == "kron_matmul":
+        return  # the one function that is defined for any square matrix
     p = make_problem(3, 2)
     leaves = [p.M.requires_grad_(), p.K.requires_grad_(), p.noise["Sigma"].requires_grad_()]
     loss = sum((torch.randn_like(x) * x).sum() for x in as_tuple(FUNCTIONS[name](p)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import torch_kronlik as tk
 from torch_kronlik import ops
-from torch_kronlik.factor import cholesky
+from torch_kronlik.factor import shifted as cholesky
 
 Check = Callable[..., None]
 native = pytest.mark.skipif(

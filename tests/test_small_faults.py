@@ -15,6 +15,7 @@ from problems import Problem, make_problem
 from test_small import COVARIANCE, FINE, NOISE, NOT_FINITE, dense, native, nll, ones_backward
 from torch import Tensor
 
+from torch_kronlik.noise import make_noise
 from torch_kronlik.rules import small as small_rule
 from torch_kronlik.rules.small import small_nll
 
@@ -85,7 +86,7 @@ def test_a_fault_is_told_and_stays_in_its_problem(D: int, noise: str, dtype: tor
         assert not found[0][3].isfinite(), (key, bad)
         error: Any = {NOT_FINITE: (ValueError, OverflowError)}.get(code, LinAlgError)
         with pytest.raises(error, match=message):
-            small_nll(q.Y, q.M, q.K, q.noise.get("Sigma"), q.noise.get("log_noise"), True)
+            small_nll(q.Y, q.M, q.K, make_noise(**q.noise), True)
 
 
 @each_noise

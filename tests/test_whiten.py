@@ -12,8 +12,9 @@ from devices import opcheck
 from problems import LAYOUTS, make_problem, relayout
 from torch import Tensor
 
-from torch_kronlik.factor import eigen
-from torch_kronlik.factor.diagnose import LinAlgError
+from torch_kronlik.errors import LinAlgError
+from torch_kronlik.factor import whiten
+from torch_kronlik.noise import make_noise
 from torch_kronlik.ops import whiten_small
 
 Check = Callable[..., None]
@@ -27,6 +28,12 @@ def arguments(D: int, noise: str, **options: Any) -> tuple[Tensor, Tensor | None
     return p.K, p.noise.get("Sigma"), p.noise.get("log_noise")
 
 
+def whitened(
+    K: Tensor, Sigma: Tensor | None, log_noise: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return whiten.whiten(K, make_noise(Sigma, log_noise))
+
+
 def dense_noise(Sigma: Tensor | None, log_noise: Tensor | None) -> Tensor:
     return torch.diag_embed(log_noise.exp()) if log_noise is not None else Sigma  # type: ignore[return-value]
 
@@ -36,7 +43,7 @@ def dense_noise(Sigma: Tensor | None, log_noise: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("kind", ["generic", "rank_one_K", "zero_K", "identity", "huge_factors"])
 def test_both_become_diagonal(D: int, noise: str, kind: str, dtype: torch.dtype) -> None:
     K, Sigma, log_noise = arguments(D, noise, kind=kind, batch=(3,), dtype=dtype)
-    lam, R, logdet = eigen.whiten(K, Sigma, log_noise)
+    lam, R, logdet = whitened(K, Sigma, log_noise)
     S, eye = dense_noise(Sigma, log_noise).double(), torch.eye(D, dtype=torch.float64)
     R, K = R.double(), K.double()
     tolerance = 100 * D * torch.finfo(dtype).eps
@@ -50,7 +57,7 @@ def test_both_become_diagonal(D: int, noise: str, kind: str, dtype: torch.dtype)
 @each_size
 @each_noise
 def test_eigenvalues_ascend(D: int, noise: str) -> None:
-    lam = eigen.whiten(*arguments(D, noise, batch=(4,)))[0]
+    lam = whitened(*arguments(D, noise, batch=(4,)))[0]
     assert bool((lam.diff() >= 0).all())
 
 
@@ -58,7 +65,7 @@ def test_eigenvalues_ascend(D: int, noise: str) -> None:
 def test_small_eigenvalues_of_graded_matrices_keep_their_digits(noise: str) -> None:
     """Noise variances over twenty decades, against 50 digits."""
     K, Sigma, log_noise = arguments(5, noise, kind="spread_noise")
-    lam = eigen.whiten(K, Sigma, log_noise)[0]
+    lam = whitened(K, Sigma, log_noise)[0]
     with mpmath.workdps(50):
         if log_noise is not None:
             S = mpmath.diag([mpmath.exp(x) for x in log_noise.tolist()])
@@ -75,9 +82,9 @@ def test_small_eigenvalues_of_graded_matrices_keep_their_digits(noise: str) -> N
 def test_extreme_noise(noise: str, log_scale: float) -> None:
     """λ scales with 1/Σ, as far as float64 goes."""
     K, Sigma, log_noise = arguments(4, noise)
-    lam = eigen.whiten(K, Sigma, log_noise)[0]
+    lam = whitened(K, Sigma, log_noise)[0]
     factor = torch.tensor(log_scale, dtype=torch.float64).exp()
-    scaled = eigen.whiten(
+    scaled = whitened(
         K,
         None if Sigma is None else Sigma * factor,
         None if log_noise is None else log_noise + log_scale,
@@ -90,7 +97,7 @@ def test_extreme_noise(noise: str, log_scale: float) -> None:
 def test_any_layout(noise: str, how: str) -> None:
     given = arguments(3, noise, batch=(2, 3))
     relaid = [None if x is None else relayout(x, how) for x in given]
-    for actual, expected in zip(eigen.whiten(*relaid), eigen.whiten(*given), strict=True):
+    for actual, expected in zip(whitened(*relaid), whitened(*given), strict=True):
         torch.testing.assert_close(actual, expected.expand(actual.shape), rtol=0, atol=0)
 
 
@@ -99,20 +106,20 @@ def test_any_layout(noise: str, how: str) -> None:
 def test_broadcast_batches(D: int, noise: str) -> None:
     """λ and R at the joint batch shape, log det Σ at that of the noise."""
     K, Sigma, log_noise = arguments(D, noise, batch={"Y": (), "M": (), "K": (2, 1), "noise": (3,)})
-    lam, R, logdet = eigen.whiten(K, Sigma, log_noise)
+    lam, R, logdet = whitened(K, Sigma, log_noise)
     assert lam.shape == (2, 3, D)
     assert R.shape == (2, 3, D, D)
     for i in range(2):
         for j in range(3):
             one = (K[i, 0], *(None if x is None else x[j] for x in (Sigma, log_noise)))
-            alone = eigen.whiten(*one)
+            alone = whitened(*one)
             torch.testing.assert_close(lam[i, j], alone[0])
             torch.testing.assert_close(logdet.expand(2, 3)[i, j], alone[2])
 
 
 @each_noise
 def test_empty_batch(noise: str) -> None:
-    lam, R, logdet = eigen.whiten(*arguments(3, noise, batch=(0,)))
+    lam, R, logdet = whitened(*arguments(3, noise, batch=(0,)))
     assert (lam.shape, R.shape, logdet.shape) == ((0, 3), (0, 3, 3), (0,))
 
 
@@ -122,7 +129,7 @@ def test_indefinite_noise_is_named(D: int) -> None:
     assert Sigma is not None
     Sigma[1] = -Sigma[1]
     with pytest.raises(LinAlgError, match=r"Sigma is not positive definite \(batch element 1\)"):
-        eigen.whiten(K, Sigma, None)
+        whitened(K, Sigma, None)
 
 
 @each_size
@@ -135,14 +142,14 @@ def test_what_is_not_finite_is_named(D: int, noise: str, value: float) -> None:
         if bad is not None:
             bad[(1, *(0 for _ in bad.shape[1:-1]), D - 1)] = value
             with pytest.raises(ValueError, match=f"{name} must be finite"):
-                eigen.whiten(*given)
+                whitened(*given)
 
 
 @each_size
 def test_overflow_is_refused(D: int) -> None:
     K = torch.eye(D, dtype=torch.float64)
     with pytest.raises(OverflowError):
-        eigen.whiten(K, None, torch.full((D,), -1500.0, dtype=torch.float64))
+        whitened(K, None, torch.full((D,), -1500.0, dtype=torch.float64))
 
 
 @each_noise

@@ -26,7 +26,7 @@ from torch_kronlik.predict import (
     leave_one_row_out,
     leave_one_row_out_log_prob,
 )
-from torch_kronlik.symmetric_eigen import SymmetricEigen, symmetric_eigen
+from torch_kronlik.rows import LowRankRoot, SymmetricEigen, symmetric_eigen
 
 __all__ = [
     "Estimates",
@@ -35,6 +35,7 @@ __all__ = [
     "KroneckerNormal",
     "KroneckerPlusNoise",
     "KroneckerPosterior",
+    "LowRankRoot",
     "SymmetricEigen",
     "__version__",
     "block_diag",

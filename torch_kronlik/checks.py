@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .factor.batch import broadcast
+from .batch import broadcast
 
 __all__ = [
     "check_broadcast",

@@ -10,31 +10,29 @@ import torch
 from torch import Tensor
 
 from .autocast import full_precision
+from .batch import symmetric
 from .checks import (
     check_broadcast,
     check_data,
-    check_eigen,
     check_noise,
     check_sample_shape,
     check_square,
     check_uniform,
 )
-from .derivatives import may_be_differentiated
-from .factor.batch import symmetric
 from .factor.plan import check_method
-from .rules.common import Covariance
+from .guards import finite
+from .noise import make_noise
+from .rows import RowCovariance, as_rows
+from .rules.common import Covariance, Factored
 from .rules.expansion import inverse_block_sum, inverse_blocks_diagonal
-from .rules.factorise import eigen, factorise, known_rows
-from .rules.finite import finite
+from .rules.factorise import factorise, spectral
 from .rules.multiply import multiply
 from .rules.quad_logdet import quad_logdet
 from .rules.sample import root_matmul
 from .rules.solve import solve
-from .symmetric_eigen import SymmetricEigen
 
 __all__ = ["KroneckerPlusNoise"]
 
-_Maybe = TypeVar("_Maybe", Tensor, Tensor | None)
 _Made = TypeVar("_Made")
 
 
@@ -72,7 +70,7 @@ class KroneckerPlusNoise:
     @full_precision
     def __init__(
         self,
-        M: Tensor | SymmetricEigen,
+        M: RowCovariance,
         K: Tensor,
         *,
         Sigma: Tensor | None = None,
@@ -80,27 +78,35 @@ class KroneckerPlusNoise:
         method: str = "auto",
     ) -> None:
         self.M, self.K, self.Sigma, self.log_noise = M, K, Sigma, log_noise
-        self._rows = M.eigenvectors if isinstance(M, SymmetricEigen) else M
-        check_uniform(M=self._rows, K=K, Sigma=Sigma, log_noise=log_noise)
-        check_square("M", self._rows, "T")
+        rows = as_rows(M)
+        check_uniform(**rows.named(), K=K, Sigma=Sigma, log_noise=log_noise)
+        rows.check()
         check_square("K", K, "D")
-        if isinstance(M, SymmetricEigen):
-            check_eigen(M.eigenvalues, M.eigenvectors)
         check_noise(K, Sigma, log_noise)
-        self._noise_batch = Sigma.shape[:-2] if log_noise is None else log_noise.shape[:-1]  # type: ignore[union-attr]
+        self._parts = Covariance(rows, K, make_noise(Sigma, log_noise))
         self.batch_shape = check_broadcast(
-            M=self._rows.shape[:-2], K=K.shape[:-2], noise=self._noise_batch
+            M=rows.batch, K=K.shape[:-2], noise=self._parts.noise.batch
         )
         check_method(method)
         self._method = method
-        self._factorised: Covariance | None = None
-        self._full: Covariance | None = None
+        self._factorised: Factored | None = None
+        self._full: Factored | None = None
         self._versions: list[int] = []
+
+    @property
+    def rows(self) -> Any:
+        """M as a row covariance."""
+        return self._parts.rows
+
+    @property
+    def noise(self) -> Any:
+        """Σ as a noise."""
+        return self._parts.noise
 
     @property
     def event_shape(self) -> torch.Size:
         """(T, D)."""
-        return torch.Size((self._rows.shape[-1], self.K.shape[-1]))
+        return torch.Size(self._parts.shape)
 
     @property
     def shape(self) -> torch.Size:
@@ -128,11 +134,11 @@ class KroneckerPlusNoise:
         return self._method
 
     @full_precision
-    def _factorise(self) -> Covariance:
+    def _factorise(self) -> Factored:
         made = self._factorised
         if made is None:
             versions = self._current_versions()
-            made, self._method = _outside_inference(self._make_factor)
+            made, self._method = _outside_inference(partial(factorise, self._parts, self._method))
             # Last, so that another thread finds all of it or nothing.
             self._versions, self._factorised = versions, made
         elif self._versions != self._current_versions():
@@ -142,19 +148,11 @@ class KroneckerPlusNoise:
             )
         return made
 
-    def _make_factor(self) -> tuple[Covariance, str]:
-        K, Sigma, log_noise = self.K, self.Sigma, self.log_noise
-        if isinstance(self.M, SymmetricEigen):
-            s, P = self.M
-            return known_rows(s, P, K, Sigma, log_noise), "spectral"
-        return factorise(self.M, K, Sigma, log_noise, self._method)
-
     def _current_versions(self) -> list[int]:
         """How often each argument was changed in place; nothing while a graph is traced."""
         if torch.compiler.is_compiling():
             return []
-        arguments = [*(self.M if isinstance(self.M, SymmetricEigen) else [self.M]), self.K]
-        arguments += [x for x in (self.Sigma, self.log_noise) if x is not None]
+        arguments = self._parts.named().values()
         return [0 if x.is_inference() else x._version for x in arguments]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -162,21 +160,17 @@ class KroneckerPlusNoise:
         return {**self.__dict__, "_factorised": None, "_full": None}
 
     @full_precision
-    def _spectral(self) -> Covariance:
+    def _spectral(self) -> Factored:
         """The factorisation in the full spectral form, which some operations need."""
-        c = self._factorise()
-        if self._method != "spectral" and c.M is not None:
-            if self._full is None:
-                self._full = _outside_inference(partial(self._make_full, c.M))
-            return self._full
-        return c
-
-    def _make_full(self, M: Tensor) -> Covariance:
-        s, P = eigen(M)
-        return known_rows(s, P, self.K, self.Sigma, self.log_noise, M)
+        U = self._factorise()
+        if self._method == "spectral":
+            return U
+        if self._full is None:
+            self._full = _outside_inference(partial(spectral, U))
+        return self._full
 
     def _check_data(self, name: str, Y: Tensor) -> torch.Size:
-        check_uniform(**{"M": self._rows, name: Y})
+        check_uniform(**{"K": self.K, name: Y})
         check_data(name, Y, (self.event_shape[0], self.event_shape[1]))
         return check_broadcast(**{name: Y.shape[:-2], "U": self.batch_shape})
 
@@ -184,39 +178,28 @@ class KroneckerPlusNoise:
     def matmul(self, Y: Tensor) -> Tensor:
         """U·Y = M Y K + Y Σ: (*batch, T, D), without a factorisation. Cost: O(T²·D + T·D²)."""
         self._check_data("Y", Y)
-        out: Tensor = multiply(Y, *self._products())
+        out: Tensor = multiply(Y, self._parts)
         return out
-
-    def _products(self) -> Covariance:
-        """The factorisation where there is one, else anything of its shape: products do without."""
-        if self._factorised is not None:
-            return self._factorise()
-        M, K = self._rows, self.K
-        shapes = (M.diagonal(dim1=-2, dim2=-1), M, K[..., 0], K, K[..., 0, 0])
-        if isinstance(self.M, SymmetricEigen):
-            shapes = (*self.M, *shapes[2:])
-        own = None if isinstance(self.M, SymmetricEigen) else M
-        return Covariance(own, K, self.Sigma, self.log_noise, *shapes, "spectral")
 
     @full_precision
     def solve(self, Y: Tensor) -> Tensor:
         """U⁻¹·Y: (*batch, T, D). Cost: O(T²·D + T·D²) after the factorisation."""
         self._check_data("Y", Y)
-        out: Tensor = solve(Y, *self._factorise(), None)
+        out: Tensor = solve(Y, self._factorise(), None)
         return out
 
     @full_precision
     def logdet(self) -> Tensor:
         """log det U: (*batch)."""
-        out: Tensor = quad_logdet(None, *self._factorise())[1]
+        out: Tensor = quad_logdet(None, self._factorise()).logdet
         return out
 
     @full_precision
     def inv_quad_logdet(self, Y: Tensor) -> tuple[Tensor, Tensor]:
         """(vec(Y)ᵀ U⁻¹ vec(Y), log det U), each (*batch), from one factorisation."""
         batch = self._check_data("Y", Y)
-        inv_quad, logdet = quad_logdet(Y, *self._factorise())[:2]
-        return inv_quad, logdet.expand(batch)
+        made = quad_logdet(Y, self._factorise())
+        return made.inv_quad, made.logdet.expand(batch)
 
     @full_precision
     def inverse_block_diag_sum(self) -> Tensor:
@@ -233,13 +216,9 @@ class KroneckerPlusNoise:
     @full_precision
     def diagonal(self) -> Tensor:
         """diag(U), as (*batch, T, D): the variance of each entry."""
-        noise = self.log_noise.exp() if self.log_noise is not None else _diagonal(self.Sigma)
-        rows = (
-            (self.M.eigenvectors.square() @ self.M.eigenvalues[..., None])
-            if isinstance(self.M, SymmetricEigen)
-            else _diagonal(self.M)[..., None]
-        )
-        return self._finite(rows * _diagonal(self.K)[..., None, :] + noise[..., None, :])
+        rows, K, noise = self._parts
+        signal = rows.diagonal()[..., :, None] * K.diagonal(dim1=-2, dim2=-1)[..., None, :]
+        return self._finite(signal + noise.diagonal()[..., None, :])
 
     @full_precision
     def sample(
@@ -260,38 +239,22 @@ class KroneckerPlusNoise:
     @full_precision
     def to_dense(self) -> Tensor:
         """U itself, (*batch, T·D, T·D): for small problems and for checking."""
-        T, M = self.event_shape[0], self.M
-        if isinstance(M, SymmetricEigen):
-            M = (M.eigenvectors * M.eigenvalues[..., None, :]) @ M.eigenvectors.mT
-        Sigma = self.Sigma if self.log_noise is None else torch.diag_embed(self.log_noise.exp())
-        assert Sigma is not None
-        M, K, Sigma = _symmetric(M), _symmetric(self.K), _symmetric(Sigma)
+        T, Sigma = self.event_shape[0], self.noise.matrix()
+        M, K = symmetric(self.rows.dense()), symmetric(self.K)
         eye = torch.eye(T, dtype=self.dtype, device=self.device)
         signal = M[..., :, None, :, None] * K[..., None, :, None, :]
         U = signal + eye[:, None, :, None] * Sigma[..., None, :, None, :]
         return self._finite(U.reshape(self.shape))
 
     def _finite(self, result: Tensor) -> Tensor:
-        M = self.M
-        rows = {"M": M} if isinstance(M, Tensor) else {f"M.{k}": x for k, x in M._asdict().items()}
-        return finite(result, **rows, K=self.K, Sigma=self.Sigma, log_noise=self.log_noise)
+        return finite(result, **self._parts.named())
 
     def __repr__(self) -> str:
-        noise = "Sigma" if self.log_noise is None else "log_noise"
+        (noise,) = self.noise.named()
         return (
             f"{type(self).__name__}(shape={tuple(self.shape)}, T={self.event_shape[0]}, "
             f"D={self.event_shape[1]}, noise={noise}, dtype={self.dtype}, device={self.device})"
         )
-
-
-def _diagonal(X: Tensor | None) -> Tensor:
-    assert X is not None
-    return X.diagonal(dim1=-2, dim2=-1)
-
-
-def _symmetric(X: _Maybe) -> _Maybe:
-    """X, with a symmetric gradient."""
-    return symmetric(X) if X is not None and may_be_differentiated(X) else X
 
 
 def _outside_inference(make: Callable[[], _Made]) -> _Made:

@@ -9,13 +9,10 @@ An operator here is opaque to PyTorch: a native kernel, or a Python kernel aroun
 * ``vmap`` batches by broadcasting: every operator accepts leading batch dimensions, so a mapped
   argument gets its mapped dimension in front and an argument that is not mapped stays as it is.
 
-The dispatcher sends a call through the Autograd key once per transform level (``torch.func``, dual
-numbers, plain backward), so the rule is written for one level. ``torch.autograd.Function`` cannot
-be used at that key, because it refuses to run under a transform. Its single-level base class can:
-it is what functorch itself uses for one level, and it is the one private mechanism here. The
-private names are all imported below, from ``torch.autograd.function``, ``torch._functorch.utils``
-and ``torch._C``; where one disappears, importing this module fails with its name, so that no
-derivative can be silently wrong.
+The rule is written for one level: :mod:`.levels` says what a level is.
+
+:func:`define` makes an operator whose arguments and results are typed records; :func:`register` is
+the layer below it, for operators with a flat list of arguments.
 """
 
 from __future__ import annotations
@@ -25,22 +22,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import (
-    _after_autograd_keyset,
-    _any_requires_grad,
-    _are_functorch_transforms_active,
-    _AutoDispatchBelowAutograd,
-    _len_torch_dispatch_stack,
-)
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
 from .autocast import full_precision
+from .levels import (
+    AUTOGRAD_AND_BELOW,
+    BelowAutograd,
+    SingleLevelFunction,
+    TransformLevels,
+    any_requires_grad,
+    is_plain_eager,
+    single_level,
+)
+from .records import Layout, layouts, open_fields
 
 __all__ = [
     "NAMESPACE",
+    "Operator",
     "define",
+    "define_flat",
     "is_plain_eager",
     "may_be_differentiated",
     "register",
@@ -51,16 +51,151 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 Vjp = Callable[..., Sequence[Tensor | None]]
 Jvp = Callable[..., Sequence[Tensor | None]]
-CoreDims = Callable[..., tuple[Sequence[Any], Sequence[int]]]
+CoreDims = Callable[..., tuple[Sequence[Any], Sequence[Any]]]
 
 
-def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define_flat(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define an operator implemented in Python, with its shape rule; returns the overload."""
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return getattr(torch.ops.torch_kronlik, name).default
+    base, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.torch_kronlik, base), overload or "default")
+
+
+Vjps = Callable[..., Any]
+
+
+class Operator:
+    """An operator whose arguments and results are records, with an overload for each combination
+    of the records that may stand in its open fields. Made by :func:`define`.
+
+    It is called with the fields of its arguments, and returns the record of its results, or the
+    tensor where there is one result.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: Any,
+        results: Any,
+        kernel: Callable[..., Any],
+        fake: Callable[..., Any],
+        vjp: Vjps | None,
+        jvp: Vjps | None,
+    ) -> None:
+        self.name, self.arguments, self.results = name, arguments, results
+        self._kernel, self._fake, self._vjp, self._jvp = kernel, fake, vjp, jvp
+        self._open = list(open_fields(arguments).values())
+        self._overloads: dict[tuple[type, ...], tuple[Any, Layout, Layout]] = {}
+        self._define_overloads()
+
+    def __call__(self, *fields: Any) -> Any:
+        which = tuple([type(_at(fields, path)) for path in self._open])
+        if which not in self._overloads:  # a record that was registered later
+            self._define_overloads()
+        op, given, made = self._overloads[which]
+        out = op(*given.flatten(fields))
+        return out if isinstance(out, Tensor) else made.unflatten(out)
+
+    def overload(self, *records: type) -> Any:
+        """PyTorch's overload for these records in the open fields."""
+        return self._overloads[records][0]
+
+    def _define_overloads(self) -> None:
+        for which, given, made in layouts(self.arguments, self.results):
+            if which not in self._overloads:
+                self._overloads[which] = self._define(which, given, made), given, made
+
+    def _define(self, which: tuple[type, ...], given: Layout, made: Layout) -> Any:
+        overload = "_".join(record.__name__.lower() for record in which)
+        name = f"{self.name}.{overload}" if overload else self.name
+        results = made.schema()
+        returns = results[0] if len(results) == 1 else f"({', '.join(results)})"
+        flat = _Flat(given, made)
+        op = define_flat(
+            f"{name}({', '.join(given.schema())}) -> {returns.replace('?', '')}",
+            flat.kernel(self._kernel),
+            flat.kernel(self._fake),
+        )
+        cores = [x.core for x in given.leaves], [x.core for x in made.leaves]
+        register(
+            op,
+            vjp=None if self._vjp is None else flat.vjp(self._vjp),
+            jvp=None if self._jvp is None else flat.jvp(self._jvp),
+            core_dims=lambda *_: cores,
+            batch_shapes=[i for i, x in enumerate(given.leaves) if x.is_batch],
+        )
+        return op
+
+
+def _at(fields: Any, path: Sequence[int]) -> Any:
+    for i in path:
+        fields = fields[i]
+    return fields
+
+
+class _Flat:
+    """Kernels and rules on records, as kernels and rules on flat lists."""
+
+    def __init__(self, given: Layout, made: Layout) -> None:
+        self.given, self.made = given, made
+
+    def kernel(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        def flat(*args: Any) -> Any:
+            out = f(self.given.unflatten(args))
+            return out if isinstance(out, Tensor) else tuple(self.made.flatten(out))
+
+        return flat
+
+    def vjp(self, f: Vjps) -> Vjp:
+        def flat(inputs: Any, outputs: Any, grads: Any, needs: Any) -> Sequence[Tensor | None]:
+            given, made = self.given, self.made
+            found = f(
+                given.unflatten(inputs),
+                made.unflatten(outputs),
+                made.unflatten(grads),
+                given.unflatten(needs),
+            )
+            return given.flatten(found)
+
+        return flat
+
+    def jvp(self, f: Vjps) -> Jvp:
+        def flat(inputs: Any, outputs: Any, tangents: Any) -> Sequence[Tensor | None]:
+            given, made = self.given, self.made
+            tangents = [*tangents, *[None] * (len(inputs) - len(tangents))]
+            out = f(given.unflatten(inputs), made.unflatten(outputs), given.unflatten(tangents))
+            return made.flatten(out)
+
+        return flat
+
+
+def define(
+    name: str,
+    arguments: Any,
+    results: Any,
+    kernel: Callable[[Any], Any],
+    fake: Callable[[Any], Any],
+    *,
+    vjp: Vjps | None = None,
+    jvp: Vjps | None = None,
+) -> Operator:
+    """Define an operator implemented in Python, on records.
+
+    Args:
+        name: of the operator.
+        arguments, results: NamedTuple classes, see :mod:`.records`.
+        kernel: ``kernel(arguments) -> results``, a tensor where there is one.
+        fake: the same, for shapes alone.
+        vjp: ``vjp(arguments, results, grads, needs) -> gradients``. ``grads`` is a record of the
+            results with None for outputs without cotangent, ``needs`` one of the arguments with a
+            bool for each; the gradients are a record of the arguments with None for what has none.
+        jvp: ``jvp(arguments, results, tangents) -> tangents of the results``, None where zero.
+            With neither rule, the operator is a constant for differentiation.
+    """
+    return Operator(name, arguments, results, kernel, fake, vjp, jvp)
 
 
 def register(
@@ -84,7 +219,7 @@ def register(
             that are not batch, for each input (None where it is no tensor) and each output.
         batch_shapes: positions of the inputs that are batch shapes of outputs (SymInt[]?).
     """
-    name = op._schema.name.split("::")[1]
+    name = op._name.split("::")[1]
     constant = vjp is None and jvp is None
     kernel = _below_autograd(op) if constant else _autograd_kernel(op, vjp, jvp)
     _library.impl(name, kernel, "Autograd", with_keyset=True)
@@ -96,49 +231,25 @@ def register(
 
 def _below_autograd(op: Any) -> Callable[..., Any]:
     def redispatch(keyset: Any, *args: Any) -> Any:
-        with _AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & _after_autograd_keyset, *args)
+        with BelowAutograd():
+            return op.redispatch(keyset & AUTOGRAD_AND_BELOW, *args)
 
     return redispatch
 
 
 def may_be_differentiated(*args: Any) -> bool:
     """Whether a derivative may be asked for at this or, under a transform, at another level."""
-    return not is_plain_eager() or (torch.is_grad_enabled() and _any_requires_grad(*args))
-
-
-class _transform_levels_enabled:
-    """Grad and forward mode on: the levels below, which belong to outer transforms, need both."""
-
-    def __enter__(self) -> None:
-        self._grad = torch.is_grad_enabled()
-        self._forward = torch._C._is_fwd_grad_enabled()
-        torch._C._set_grad_enabled(True)
-        torch._C._set_fwd_grad_enabled(True)
-
-    def __exit__(self, *_: object) -> None:
-        torch._C._set_grad_enabled(self._grad)
-        torch._C._set_fwd_grad_enabled(self._forward)
-
-
-def is_plain_eager() -> bool:
-    """Whether only reverse mode can come: no transform, no forward mode, nothing traced."""
-    return not (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or _are_functorch_transforms_active()
-        or _len_torch_dispatch_stack() > 0
-    )
+    return not is_plain_eager() or (torch.is_grad_enabled() and any_requires_grad(*args))
 
 
 def _autograd_kernel(op: Any, vjp: Vjp | None, jvp: Jvp | None) -> Callable[..., Any]:
     below = _below_autograd(op)
     single = len(op._schema.returns) == 1
 
-    class Rule(_SingleLevelFunction):
+    class Rule(SingleLevelFunction):  # type: ignore[misc]
         @staticmethod
         def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-            with _transform_levels_enabled():
+            with TransformLevels():
                 out = below(keyset, *args)
             outs = (out,) if single else tuple(out)
             ctx.static = [None if isinstance(a, Tensor) else a for a in args]
@@ -173,7 +284,7 @@ def _autograd_kernel(op: Any, vjp: Vjp | None, jvp: Jvp | None) -> Callable[...,
                 None if t is None else forward_ad.unpack_dual(t, level=0).primal
                 for t in ctx.saved_tensors
             ]
-            with _transform_levels_enabled():
+            with TransformLevels():
                 inputs, outputs = Rule.saved(ctx, primals)
                 pairs = zip(jvp(inputs, outputs, tangents), outputs, strict=True)
                 full = tuple(torch.zeros_like(o) if t is None else t for t, o in pairs)
@@ -182,8 +293,8 @@ def _autograd_kernel(op: Any, vjp: Vjp | None, jvp: Jvp | None) -> Callable[...,
     def kernel(keyset: Any, *args: Any) -> Any:
         if not may_be_differentiated(*args):
             return below(keyset, *args)
-        with enable_single_level_autograd_function():
-            return Rule.apply(keyset, *args)  # type: ignore[attr-defined]
+        with single_level():
+            return Rule.apply(keyset, *args)
 
     return kernel
 

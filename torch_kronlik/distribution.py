@@ -14,11 +14,12 @@ from torch.types import _size
 from .autocast import full_precision
 from .checks import check_broadcast, check_data, check_uniform
 from .covariance import KroneckerPlusNoise
-from .factor.diagnose import raise_if_not_finite
+from .errors import raise_if_not_finite
 from .likelihood import gaussian_nll
+from .records import expand_record
+from .rows import RowCovariance
 from .rules.expansion import inverse_trace
 from .rules.sample import root_matmul
-from .symmetric_eigen import SymmetricEigen
 
 __all__ = ["KroneckerNormal"]
 
@@ -77,7 +78,7 @@ class KroneckerNormal(Distribution):
     def __init__(
         self,
         loc: Tensor,
-        M: Tensor | SymmetricEigen,
+        M: RowCovariance,
         K: Tensor,
         *,
         Sigma: Tensor | None = None,
@@ -114,13 +115,12 @@ class KroneckerNormal(Distribution):
     # --- parameters -------------------------------------------------------------------------------
 
     @property
-    def M(self) -> Tensor | SymmetricEigen:
-        """(*batch, T, T), or the SymmetricEigen that was given."""
+    def M(self) -> RowCovariance:
+        """(*batch, T, T), or the row covariance that was given."""
         M = self._covariance.M
-        if isinstance(M, SymmetricEigen):
-            return SymmetricEigen(
-                self._expanded(M.eigenvalues, 1), self._expanded(M.eigenvectors, 2)
-            )
+        if isinstance(M, tuple):
+            wide: RowCovariance = expand_record(M, self.batch_shape)
+            return wide
         return self._expanded(M, 2)
 
     @property
@@ -131,7 +131,7 @@ class KroneckerNormal(Distribution):
     @property
     def Sigma(self) -> Tensor:
         """(*batch, D, D), Diag(exp(log_noise)) where that was given."""
-        return self._expanded(_noise_matrix(self._covariance), 2)
+        return self._expanded(self._covariance.noise.matrix(), 2)
 
     @property
     def log_noise(self) -> Tensor | None:
@@ -193,7 +193,7 @@ class KroneckerNormal(Distribution):
         return H.expand(self.batch_shape)
 
     def __repr__(self) -> str:
-        names = ("loc", "M", "K", "Sigma" if self._covariance.log_noise is None else "log_noise")
+        names = ("loc", "M", "K", *self._covariance.noise.named())
         parts = ((name, getattr(self, name)) for name in names)
         return f"{type(self).__name__}({', '.join(f'{n}: {_size_of(x)}' for n, x in parts)})"
 
@@ -213,12 +213,15 @@ def _kl_kronecker_normal(p: KroneckerNormal, q: KroneckerNormal) -> Tensor:
     check_uniform(p=p.loc, q=q.loc)
     check_broadcast(p=p.batch_shape, q=q.batch_shape)
     U_p, U_q = p._covariance, q._covariance
-    signal = inverse_trace(U_q._spectral(), _rows_matrix(U_p), U_p.K)
-    noise = (U_q.inverse_block_diag_sum() * _noise_matrix(U_p)).sum((-2, -1))
+    signal = inverse_trace(U_q._spectral(), U_p.rows.dense(), U_p.K)
+    noise = (U_q.inverse_block_diag_sum() * U_p.noise.matrix()).sum((-2, -1))
     inv_quad, logdet = _diagnosed(
         lambda: U_q.inv_quad_logdet(q.loc - p.loc), **{"p.loc": p.loc, "q.loc": q.loc}
     )
-    return 0.5 * (signal + noise - p.event_shape.numel() + inv_quad + logdet - U_p.logdet())
+    divergence: Tensor = 0.5 * (
+        signal + noise - p.event_shape.numel() + inv_quad + logdet - U_p.logdet()
+    )
+    return divergence
 
 
 def _diagnosed(result: Callable[[], _Result], **arguments: Tensor) -> _Result:
@@ -230,22 +233,9 @@ def _diagnosed(result: Callable[[], _Result], **arguments: Tensor) -> _Result:
         raise
 
 
-def _rows_matrix(U: KroneckerPlusNoise) -> Tensor:
-    if isinstance(U.M, SymmetricEigen):
-        return (U.M.eigenvectors * U.M.eigenvalues[..., None, :]) @ U.M.eigenvectors.mT
-    return U.M
-
-
-def _noise_matrix(U: KroneckerPlusNoise) -> Tensor:
-    if U.log_noise is not None:
-        return torch.diag_embed(U.log_noise.exp())
-    assert U.Sigma is not None
-    return U.Sigma
-
-
 def _pair(shape: torch.Size) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def _size_of(X: Tensor | SymmetricEigen) -> torch.Size:
-    return (X.eigenvectors if isinstance(X, SymmetricEigen) else X).size()
+def _size_of(X: RowCovariance) -> torch.Size:
+    return X.size() if isinstance(X, Tensor) else torch.Size((*X.batch, X.size, X.size))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .factor.diagnose import LinAlgError
+from .errors import LinAlgError
 
 __all__ = ["Estimates", "Information", "leaves_of", "rebuild"]
 

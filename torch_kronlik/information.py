@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batch import sum_to, symmetric
 from .covariance import KroneckerPlusNoise
 from .distribution import KroneckerNormal
 from .estimates import Information, leaves_of, rebuild
-from .factor import Spectral
-from .factor.batch import sum_to, symmetric
 from .likelihood import gaussian_nll
-from .rules.common import Covariance
+from .rules.common import Factored
 from .rules.solve import solve
 
 __all__ = ["fisher_information", "observed_information"]
@@ -169,13 +168,9 @@ def _parts(likelihood: Likelihood) -> tuple[KroneckerPlusNoise, Tensor | None]:
     return likelihood, None
 
 
-def _factor(c: Covariance) -> Spectral:
-    assert isinstance(c.factor, Spectral)
-    return c.factor
-
-
-def _factors(U: KroneckerPlusNoise) -> tuple[Tensor | None, ...]:
-    return (U.M if isinstance(U.M, Tensor) else None), U.K, U.Sigma, U.log_noise
+def _factors(U: KroneckerPlusNoise) -> tuple[Tensor, ...]:
+    """M and K as matrices, and the noise's own tensor."""
+    return U.rows.dense(), U.K, *U.noise
 
 
 def _size(leaves: Sequence[Tensor]) -> int:
@@ -227,13 +222,13 @@ def _tangents(X: Tensor | None, leaves: Sequence[Tensor]) -> Moved | None:
 # --- the expected information --------------------------------------------------------------------
 
 
-def _expected(c: Covariance, batch: torch.Size, moved: Sequence[Moved | None], size: int) -> Tensor:
-    """F, from the derivatives of (M, K, Sigma, log_noise, mean)."""
-    f = _factor(c)
-    W = f.weights().expand(*batch, *c.shape)
+def _expected(U: Factored, batch: torch.Size, moved: Sequence[Moved | None], size: int) -> Tensor:
+    """F, from the derivatives of (M, K, the noise's own tensor, mean)."""
+    f = U.factor
+    W = f.weights().expand(*batch, *U.shape)
     s, lam = f.s[..., :, None], f.lam[..., None, :]
     sW, W2 = s * W, W.square()
-    M, K, Sigma, mean = _in_basis(c, moved, len(batch))
+    M, K, Sigma, mean = _in_basis(U, moved, len(batch))
     F = W.new_zeros(size, size)
     _add(F, M, M, _gram, (W * lam.square()) @ W.mT)
     _add(F, K, K, _gram, sW.mT @ sW)
@@ -244,17 +239,16 @@ def _expected(c: Covariance, batch: torch.Size, moved: Sequence[Moved | None], s
     F = 0.5 * F
     if mean is not None:
         which, d = mean
-        A = solve(d, *c, None)
+        A = solve(d, U, None)
         F[_grid(which, which)] += d.flatten(1) @ A.flatten(1).mT
     return symmetric(F)
 
 
-def _in_basis(c: Covariance, moved: Sequence[Moved | None], rank: int) -> list[Moved | None]:
+def _in_basis(U: Factored, moved: Sequence[Moved | None], rank: int) -> list[Moved | None]:
     """(M̂, K̂, Σ̂) and the mean's; every one with ``rank`` batch dimensions."""
-    M, K, Sigma, log_noise, mean = moved
-    if log_noise is not None and c.log_noise is not None:
-        Sigma = log_noise[0], torch.diag_embed(c.log_noise.exp() * log_noise[1])
-    f = _factor(c)
+    M, K, own, mean = moved
+    Sigma = own and (own[0], U.noise.tangent(type(U.noise)(own[1])))
+    f = U.factor
     rotated = [
         X and (X[0], B.mT @ symmetric(_padded(X[1], rank)) @ B)
         for X, B in ((M, f.P), (K, f.R), (Sigma, f.R))

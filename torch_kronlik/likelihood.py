@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .autocast import full_precision
 from .covariance import KroneckerPlusNoise
-from .derivatives import is_plain_eager
-from .factor.plan import costs
-from .rules.small import small_nll
-from .symmetric_eigen import SymmetricEigen
+from .rows import RowCovariance
+from .rules.small import is_small, small_nll
 
 __all__ = ["gaussian_nll", "kron_gaussian_nll"]
 
@@ -21,7 +18,7 @@ __all__ = ["gaussian_nll", "kron_gaussian_nll"]
 @full_precision
 def kron_gaussian_nll(
     Y: Tensor,
-    M: Tensor | SymmetricEigen,
+    M: RowCovariance,
     K: Tensor,
     *,
     Sigma: Tensor | None = None,
@@ -72,24 +69,10 @@ def kron_gaussian_nll(
 def gaussian_nll(U: KroneckerPlusNoise, Y: Tensor) -> Tensor:
     """The same over a covariance that may be factorised already."""
     batch = U._check_data("Y", Y)
-    if _is_small(U, batch):
-        arguments: Any = (Y, U.M, U.K, U.Sigma, U.log_noise)
-        needed = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in arguments
-        )
-        value: Tensor = small_nll(*arguments, needed)[0]
+    if U.is_fresh and is_small(U._parts, batch):
+        rows, K, noise = U._parts
+        needed = torch.is_grad_enabled() and any(x.requires_grad for x in (Y, *rows, K, *noise))
+        value: Tensor = small_nll(Y, rows.M, K, noise, needed).nll
         return value
     inv_quad, logdet = U.inv_quad_logdet(Y)
     return 0.5 * (inv_quad + logdet + U.event_shape.numel() * math.log(2 * math.pi))
-
-
-def _is_small(U: KroneckerPlusNoise, batch: torch.Size) -> bool:
-    """Whether one native call for value and gradients serves: no M shared by several problems."""
-    T, D = U.event_shape
-    return (
-        U.is_fresh
-        and isinstance(U.M, Tensor)
-        and costs(U.M.device.type).fits_small(T, D)
-        and U.M.shape[:-2] == batch
-        and is_plain_eager()
-    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .covariance import KroneckerPlusNoise
-from .symmetric_eigen import SymmetricEigen
+from .rows import RowCovariance
 
 __all__ = [
     "inverse_block_diag_sum",
@@ -22,7 +22,7 @@ __all__ = [
 
 
 def kron_matmul(
-    M: Tensor | SymmetricEigen,
+    M: RowCovariance,
     K: Tensor,
     Y: Tensor,
     *,
@@ -58,7 +58,7 @@ def kron_matmul(
 
 
 def kron_solve(
-    M: Tensor | SymmetricEigen,
+    M: RowCovariance,
     K: Tensor,
     Y: Tensor,
     *,
@@ -97,7 +97,7 @@ def kron_solve(
 
 
 def kron_logdet(
-    M: Tensor | SymmetricEigen,
+    M: RowCovariance,
     K: Tensor,
     *,
     Sigma: Tensor | None = None,
@@ -133,7 +133,7 @@ def kron_logdet(
 
 
 def kron_inv_quad_logdet(
-    M: Tensor | SymmetricEigen,
+    M: RowCovariance,
     K: Tensor,
     Y: Tensor,
     *,
@@ -173,7 +173,7 @@ def kron_inv_quad_logdet(
 
 
 def inverse_block_diag_sum(
-    M: Tensor | SymmetricEigen,
+    M: RowCovariance,
     K: Tensor,
     *,
     Sigma: Tensor | None = None,
@@ -212,7 +212,7 @@ def inverse_block_diag_sum(
 
 
 def inverse_diagonal(
-    M: Tensor | SymmetricEigen,
+    M: RowCovariance,
     K: Tensor,
     *,
     Sigma: Tensor | None = None,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .autocast import full_precision
 from .checks import check_floating, check_square
 from .likelihood import kron_gaussian_nll
-from .symmetric_eigen import SymmetricEigen
+from .rows import RowCovariance
 
 __all__ = ["KroneckerGaussianNLLLoss"]
 
@@ -107,7 +107,7 @@ class KroneckerGaussianNLLLoss(nn.Module):
         return L @ L.mT
 
     @full_precision
-    def forward(self, Y: Tensor, M: Tensor | SymmetricEigen, K: Tensor) -> Tensor:
+    def forward(self, Y: Tensor, M: RowCovariance, K: Tensor) -> Tensor:
         """The loss of residuals Y (*batch, T, D) at M (*batch, T, T) and K (*batch, D, D).
 
         Returns:

@@ -69,8 +69,13 @@ def covariance_matrix(M: Factor, K: Tensor, **noise: Tensor | None) -> Tensor:
 
 
 def kron_matmul(M: Factor, K: Tensor, Y: Tensor, **noise: Tensor | None) -> Tensor:
-    """U·Y, (*batch, T, D)."""
-    return _unvec(covariance_matrix(M, K, **noise) @ _vec(Y), Y.shape[-1])
+    """U·Y, (*batch, T, D), for any square M, K and Sigma: nothing is symmetrised here."""
+    M = M.double() if isinstance(M, Tensor) else _dense(M)
+    Sigma = noise.get("Sigma")
+    Sigma = _noise_matrix(**noise) if Sigma is None else Sigma.double()
+    eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+    U = kron(M, K.double()) + kron(eye, Sigma)
+    return _unvec(U @ _vec(Y), Y.shape[-1])
 
 
 def kron_solve(M: Factor, K: Tensor, Y: Tensor, **noise: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..derivatives import define, register
+from ..derivatives import define_flat, register
 from .algebra import join, lift
 from .check import require_finite_result
 from .degrees import Steps
@@ -122,7 +122,7 @@ def _jvp(inputs: Any, outputs: Any, tangents: Any) -> list[Tensor | None]:
     return [out.expand_as(outputs[0]).clone(memory_format=torch.contiguous_format)]
 
 
-expm_jacobian = define(
+expm_jacobian = define_flat(
     "expm_jacobian(Tensor d, Tensor A, Tensor v) -> Tensor",
     _jacobian,
     lambda d, A, v: v.new_empty(_shape(d, A, v)),

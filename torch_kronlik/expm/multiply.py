@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import full_precision
+from ..levels import WithoutTransforms
 from .check import METHODS, check_arguments
 from .jacobian import expm_jacobian
 from .operators import expm_action
@@ -71,7 +72,7 @@ def _components(A: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if A.layout == torch.strided:
         return A.unsqueeze(-3), None, None
     # torch.func can wrap the components, but not the sparse tensor that they are taken from.
-    with torch._C._DisableFuncTorch():
+    with WithoutTransforms():
         return A.values().unsqueeze(-2), A.crow_indices(), A.col_indices()
 
 
@@ -104,7 +105,7 @@ def expm_diag_jacobian(d: Tensor, A: Tensor, v: Tensor) -> Tensor:
     """
     check_arguments(d, A, v)
     if A.layout == torch.sparse_csr:
-        with torch._C._DisableFuncTorch():
+        with WithoutTransforms():
             A = A.to_dense()
     J: Tensor = expm_jacobian(d, A, v)
     return J

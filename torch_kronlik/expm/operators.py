@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..derivatives import define, register
+from ..derivatives import define_flat, register
 from . import action as by_action
 from . import dense as by_dense
 from .algebra import join, lift
@@ -107,7 +107,7 @@ def _action_jvp(inputs: Any, outputs: Any, tangents: Any) -> list[Maybe]:
     return [_along(expm_action(*_lifted(inputs, tangents)), -2)]
 
 
-expm_action = define(
+expm_action = define_flat(
     f"expm_action(Tensor d, Tensor A, Tensor v, {_MATRIX}) -> Tensor", _action, _action_fake
 )
 register(
@@ -254,7 +254,7 @@ def _gradient_core(g: Any, d: Any, A: Any, v: Any, crow: Maybe, *_: Any) -> Any:
     return [2, 2, core, 2, 1, 1, *[None] * 4], [2, core, 2]
 
 
-expm_gradient = define(
+expm_gradient = define_flat(
     f"expm_gradient(Tensor g, Tensor d, Tensor A, Tensor v, {_MATRIX},"
     " SymInt[]? to_d, SymInt[]? to_A, SymInt[]? to_v) -> (Tensor gd, Tensor gA, Tensor gv)",
     _gradient,

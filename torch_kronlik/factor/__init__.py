@@ -1,11 +1,7 @@
-"""The exact routes to U⁻¹ and log det U, each behind the protocol of :mod:`.spectral`."""
+"""The exact routes to U⁻¹ and log det U, each behind the members of :mod:`.spectral`."""
 
-from .cholesky import Cholesky
+from .base import Factor
+from .shifted import Shifted
 from .spectral import Spectral
 
-__all__ = ["CORE_DIMS", "ROUTES", "Cholesky", "Spectral"]
-
-ROUTES: dict[str, type[Spectral] | type[Cholesky]] = {"spectral": Spectral, "cholesky": Cholesky}
-
-# The trailing dimensions of a factorisation's tensors that are not batch.
-CORE_DIMS = {"spectral": (1, 2, 1, 2, 0), "cholesky": (3, 1, 1, 2, 0)}
+__all__ = ["Factor", "Shifted", "Spectral"]

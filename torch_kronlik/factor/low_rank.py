@@ -7,11 +7,11 @@ columns; their complement belongs to the eigenvalue zero.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..ops import pivoted_cholesky
-from .eigen import eigen
+from ..rows.eigen import eigen
+from ..rows.low_rank_root import eigen_of_root
 
 __all__ = ["eigen_low_rank"]
 
@@ -31,8 +31,4 @@ def eigen_low_rank(M: Tensor, max_rank: int, padded: bool) -> tuple[Tensor, Tens
         s, P = eigen(M)
         return s, P.contiguous()
     r = max_rank if padded else max(found, default=0)
-    # F = Q C: the factor C keeps the small eigenvalues that FᵀF would lose.
-    Q, C = torch.linalg.qr(F[..., :r])
-    s, V = torch.linalg.eigh(C @ C.mT)
-    # What eigh returns below zero for a Gram matrix is rounding.
-    return s.clamp_(min=0), Q @ V
+    return eigen_of_root(F[..., :r])

@@ -11,25 +11,29 @@ Source: Rakitsch, Lippert, Borgwardt, Stegle 2013.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..batch import Shape, outer_to, sum_to, symmetric
 from ..ops import kron_diag
-from .batch import Shape, add_outer_, sum_to, symmetric
+from ..records import Matrix, Scalar, Vector
+from ..rows import RowMatrix
+from .base import Factor
 
 __all__ = ["Spectral"]
 
 
+@Factor.register
 class Spectral(NamedTuple):
     """U⁻¹ in factored form; every tensor has the batch shape of what it was computed from."""
 
-    s: Tensor  # (*batch_M, r) eigenvalues of M
-    P: Tensor  # (*batch_M, T, r) eigenvectors of M
-    lam: Tensor  # (*batch_K, D) eigenvalues of K relative to Sigma
-    R: Tensor  # (*batch_K, D, D), RᵀΣR = I and RᵀKR = Diag(lam)
-    logdet_noise: Tensor  # (*batch_noise), log det Sigma
+    s: Vector  # (*batch_M, r) eigenvalues of M
+    P: Matrix  # (*batch_M, T, r) eigenvectors of M
+    lam: Vector  # (*batch_K, D) eigenvalues of K relative to Sigma
+    R: Matrix  # (*batch_K, D, D), RᵀΣR = I and RᵀKR = Diag(lam)
+    logdet_noise: Scalar  # (*batch_noise), log det Sigma
 
     @property
     def size(self) -> int:
@@ -80,47 +84,49 @@ class Spectral(NamedTuple):
         """A = U⁻¹·Y from the scaled data of :meth:`quad_logdet`."""
         return (self.P @ (Z @ self.R.mT)) if self.complement == 0 else Z @ self.R.mT
 
+    def sizes_of_sums(self) -> tuple[int, int, int]:
+        """The sizes of the three sums that :meth:`quad_logdet` leaves for the gradients."""
+        return self.s.shape[-1], self.lam.shape[-1], self.lam.shape[-1]
+
+    def quadratic_in_K(self, g: Tensor, Z: Tensor, to: Shape | None) -> Tensor | None:
+        """g Aᵀ M A from the scaled data, as g (PᵀA)ᵀ S (PᵀA): what M annihilates in a large A then
+        cancels exactly."""
+        if to is None:
+            return None
+        B = self.coordinates(Z)
+        weighted = (g[..., None] * self.s)[..., :, None] * B
+        return outer_to(weighted.mT, B.mT, to)
+
     def coordinates(self, Z: Tensor) -> Tensor:
         """PᵀA (*batch, r, D) from the scaled data."""
         return (Z if self.complement == 0 else self.P.mT @ Z) @ self.R.mT
 
     # --- gradients ---------------------------------------------------------------------------
 
-    def sums(self, M: Tensor | None, saved: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
+    def sums(self, rows: Any, saved: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
         """The weights of the log-det gradients in this form: W λ, Wᵀ s and Wᵀ 1."""
         if saved is not None:
-            return saved[1:]
+            return saved
         row, col_s, col_1 = kron_diag(self.s, self.lam)[3:]
         return row, col_s, col_1 + self.complement
 
-    def rows(self, weights: Tensor, g: Tensor, left: Tensor | None, right: Tensor | None,
-             to: Shape) -> Tensor:  # fmt: skip
-        """g ∂log det/∂M, from ``weights`` W λ, plus left·rightᵀ, summed to the batch shape ``to``.
+    def row_gradient(self, weights: Tensor, g: Tensor, to: Shape) -> RowMatrix:
+        """g ∂log det/∂M, from ``weights`` W λ, where it can be summed to the batch shape ``to``.
 
         ∂log det/∂M = P Diag(Wλ) Pᵀ, with Σ_j λ_j on the complement.
         """
-        outside = sum_to(g * self.lam.sum(-1), to, 0)[..., None]
+        outside = sum_to(g * self.lam.sum(-1), to, 0)
         inside = sum_to(g[..., None] * weights, to, 1)
-        low = self.complement > 0
-        X = self.P * ((inside - outside) if low else inside)[..., None, :]
-        P = self.P.expand(X.shape)
-        if left is None or right is None:
-            out = X @ P.mT
-        elif low and left.shape[:-2] == X.shape[:-2]:
-            # One pass over the result; the factors are small here.
-            right = right.expand(*X.shape[:-2], *right.shape[-2:])
-            out = torch.cat([X, left], -1) @ torch.cat([P, right], -1).mT
-        else:
-            out = add_outer_(X @ P.mT, left, right)
-        if low:
-            out.diagonal(dim1=-2, dim2=-1).add_(outside)
-        return out
+        if self.complement == 0:
+            return RowMatrix(self.size, pairs=((self.P * inside[..., None, :], self.P),))
+        low = self.P * (inside - outside[..., None])[..., None, :]
+        return RowMatrix(self.size, outside, ((low, self.P),))
 
     # --- second derivatives ------------------------------------------------------------------
 
     def logdet_hvp(
-        self, M: Tensor | None, dM: Tensor | None, dK: Tensor | None, dSigma: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, rows: Any, dM: RowMatrix | None, dK: Tensor | None, dSigma: Tensor | None
+    ) -> tuple[RowMatrix, Tensor, Tensor]:
         """The derivatives of the three log-det gradients along a symmetric direction.
 
         The closed form (Zhou & Stephens 2014 have it for one variance), with 1 − s λ W = W put in.
@@ -130,7 +136,7 @@ class Spectral(NamedTuple):
         Kh = zero if dK is None else self.R.mT @ symmetric(dK) @ self.R
         Sh = zero if dSigma is None else self.R.mT @ symmetric(dSigma) @ self.R
         moved = _diagonal(Kh) - lam * _diagonal(Sh)
-        HM, m_columns = self._rows_hvp(W, moved, None if dM is None else symmetric(dM))
+        HM, m_columns = self._rows_hvp(W, moved, dM)
         sW = s[..., :, None] * W
         cross = sW.mT @ W
         squares = W.mT @ W + self.complement
@@ -139,34 +145,38 @@ class Spectral(NamedTuple):
         HK, HS = (symmetric(self.R @ H @ self.R.mT) for H in (HK, HS))
         return HM, HK, HS
 
-    def _rows_hvp(self, W: Tensor, moved: Tensor, dM: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _rows_hvp(self, W: Tensor, moved: Tensor, dM: RowMatrix | None) -> tuple[RowMatrix, Tensor]:
         """Σ_j C_j⁻¹ (moved_j I − λ_j² dM) C_j⁻¹ with C_j⁻¹ = I − P Diag(1 − W_j) Pᵀ, and for
         each j tr(C_j⁻¹ dM C_j⁻¹)."""
         lam2, P = self.lam.square(), self.P
         W2 = W.square()
         inner = torch.diag_embed((W2 * moved[..., None, :]).sum(-1))
-        if dM is None:
-            m_columns = torch.zeros_like(moved)
-        else:
-            half = P.mT @ dM
-            Mh = half @ P
+        m_columns = torch.zeros_like(moved)
+        if dM is not None:
+            half = dM.apply(P)
+            Mh = P.mT @ half
             inner = inner - ((W * lam2[..., None, :]) @ W.mT) * Mh
             m = _diagonal(Mh)
             m_columns = (W2 * m[..., :, None]).sum(-2)
         if self.complement == 0:
-            return P @ inner @ P.mT, m_columns
-        outside = moved.sum(-1)[..., None, None]
-        inner = inner - outside * torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
-        out = outside * torch.eye(P.shape[-2], dtype=P.dtype, device=P.device)
-        if dM is not None:
-            # The complement on one side or both: there W = 1.
-            side = (W * lam2[..., None, :]).sum(-1)
-            total = lam2.sum(-1)[..., None, None]
-            rest = half - Mh @ P.mT
-            mixed = P @ (side[..., :, None] * rest)
-            out = out - mixed - mixed.mT - total * (dM - P @ half - (P @ rest).mT)
-            m_columns = m_columns + (_diagonal(dM).sum(-1) - m.sum(-1))[..., None]
-        return out + P @ inner @ P.mT, m_columns
+            return RowMatrix(self.size, pairs=((P @ inner, P),)), m_columns
+        outside = moved.sum(-1)
+        eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
+        inner = inner - outside[..., None, None] * eye
+        if dM is None:
+            return RowMatrix(self.size, outside, ((P @ inner, P),)), m_columns
+        # The complement on one side or both: there W = 1.
+        side = (W * lam2[..., None, :]).sum(-1)[..., None, :]
+        total = lam2.sum(-1)
+        rest = half - P @ Mh
+        weights = total[..., None, None] - side
+        pairs = (
+            (P @ (inner + total[..., None, None] * Mh), P),
+            (rest * weights, P),
+            (P * weights, rest),
+        )
+        m_columns = m_columns + (dM.trace() - m.sum(-1))[..., None]
+        return dM.scaled(-total).plus(RowMatrix(self.size, outside, pairs)), m_columns
 
 
 def _diagonal(X: Tensor) -> Tensor:

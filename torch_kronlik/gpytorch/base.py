@@ -22,7 +22,7 @@ from linear_operator.utils.memoize import cached
 from torch import Tensor
 from typing_extensions import Self
 
-from ..factor.batch import symmetric
+from ..batch import symmetric
 
 __all__ = [
     "Noise",
@@ -30,6 +30,7 @@ __all__ = [
     "as_matrices",
     "as_noise",
     "map_noise",
+    "noise_as_given",
     "noise_batch",
     "noise_matrix",
     "over_columns",
@@ -52,6 +53,11 @@ def map_noise(f: Callable[[Tensor, int], Tensor], noise: Noise) -> Noise:
 
 def noise_batch(noise: Noise) -> torch.Size:
     return torch.Size(torch.broadcast_shapes(*(x.shape[: -_CORE[n]] for n, x in noise.items())))
+
+
+def noise_as_given(noise: Noise) -> Tensor:
+    """Σ as a matrix, not symmetrised."""
+    return noise["Sigma"] if "Sigma" in noise else torch.diag_embed(noise["log_noise"].exp())
 
 
 def noise_matrix(noise: Noise) -> Tensor:

@@ -11,6 +11,7 @@ from linear_operator import to_dense
 from linear_operator.operators import (
     ConstantDiagLinearOperator,
     LinearOperator,
+    MatmulLinearOperator,
     RootLinearOperator,
 )
 from linear_operator.utils.memoize import cached
@@ -18,14 +19,13 @@ from torch import Tensor
 
 from ..checks import check_broadcast, check_noise, check_square
 from ..covariance import KroneckerPlusNoise
-from ..factor.batch import symmetric
 from .base import (
     Noise,
     StructuredLinearOperator,
     as_noise,
     map_noise,
+    noise_as_given,
     noise_batch,
-    noise_matrix,
 )
 from .root import KroneckerPlusNoiseRoot
 
@@ -114,8 +114,24 @@ class KroneckerPlusNoiseLinearOperator(StructuredLinearOperator):
 
     @cached(name="to_dense")  # type: ignore[untyped-decorator]
     def to_dense(self) -> Tensor:
-        """U itself."""
-        return self.covariance.to_dense()
+        """U itself, of the matrices as they stand: as products see it, U is not symmetrised."""
+        T, n = self.M.shape[-1], self.shape[-1]
+        eye = torch.eye(T, dtype=self.dtype, device=self.device)
+        signal = self.M[..., :, None, :, None] * self.K[..., None, :, None, :]
+        Sigma = noise_as_given(self.noise)
+        U: Tensor = signal + eye[:, None, :, None] * Sigma[..., None, :, None, :]
+        dense: Tensor = U.reshape(*self._batch, n, n)
+        return dense
+
+    def rmatmul(self, other: Any) -> Any:
+        """``other @ U``, for U of the matrices as they stand."""
+        if isinstance(other, LinearOperator):
+            return MatmulLinearOperator(other, self)
+        columns = other if other.dim() == 1 else other.mT
+        noise: Any = map_noise(_transposed, self.noise)
+        flipped = KroneckerPlusNoise(self.M.mT, self.K.mT, **noise)
+        product = self._over_columns(flipped.matmul, columns)
+        return product if other.dim() == 1 else product.mT
 
     @cached(name="root_decomposition")  # type: ignore[untyped-decorator]
     def root_decomposition(self, method: str | None = None) -> LinearOperator:
@@ -195,5 +211,9 @@ class KroneckerPlusNoiseLinearOperator(StructuredLinearOperator):
             index = (*batch, a, b)
             return self._expanded(X, 2)[index]
 
-        noise = torch.where(t == u, at(noise_matrix(self.noise), d, e), 0.0)
-        return at(symmetric(self.M), t, u) * at(symmetric(self.K), d, e) + noise
+        noise = torch.where(t == u, at(noise_as_given(self.noise), d, e), 0.0)
+        return at(self.M, t, u) * at(self.K, d, e) + noise
+
+
+def _transposed(x: Tensor, core: int) -> Tensor:
+    return x.mT if core == 2 else x

@@ -10,9 +10,9 @@ import torch
 from linear_operator.utils.memoize import cached
 from torch import Tensor
 
+from ..batch import symmetric
 from ..checks import check_broadcast, check_square
 from ..covariance import KroneckerPlusNoise
-from ..factor.batch import symmetric
 from ..predict import KroneckerPosterior
 from .base import (
     Noise,

@@ -56,13 +56,9 @@ class KroneckerPlusNoiseRoot(LinearOperator):  # type: ignore[misc]
 
     def _transposed_root(self, X: Tensor) -> Tensor:
         """Fᵀ·X = V·(X L), with V·Z = (F·Z) L⁻ᵀ."""
-        c = self._U.covariance._spectral()
-        if c.log_noise is not None:
-            scale = torch.exp(0.5 * c.log_noise)[..., None, :]
-            return root_matmul(c, X * scale) / scale
-        L = torch.linalg.cholesky(c.Sigma)
-        root = root_matmul(c, X @ L)
-        V: Tensor = torch.linalg.solve_triangular(L.mT, root, upper=True, left=False)
+        U = self._U.covariance
+        root = root_matmul(U._spectral(), U.noise.root_transposed_matmul(X))
+        V: Tensor = U.noise.root_solve_transposed(root)
         return V
 
     def _expand_batch(self, batch_shape: Any) -> LinearOperator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..covariance import KroneckerPlusNoise
-from ..symmetric_eigen import SymmetricEigen
+from ..rows import RowCovariance
 from .posterior import KroneckerPosterior
 
 __all__ = ["condition"]
@@ -13,7 +13,7 @@ __all__ = ["condition"]
 
 def condition(
     Y: Tensor,
-    M: Tensor | SymmetricEigen,
+    M: RowCovariance,
     K: Tensor,
     M_cross: Tensor,
     M_test: Tensor,

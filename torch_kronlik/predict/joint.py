@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from ..covariance import KroneckerPlusNoise
+from ..guards import finite
 from ..rules.factorise import eigen
-from ..rules.finite import finite
 from ..rules.posterior import sqrt_matmul
 from ..rules.sample import root_matmul
-from ..symmetric_eigen import SymmetricEigen
 
 __all__ = ["JointPrior"]
 
@@ -28,9 +27,9 @@ class JointPrior:
         U._factorise()  # names what is not finite in M, K and the noise
         # It is kept, so it needs a graph whatever the grad mode, and one with nothing to be freed.
         with torch.enable_grad():
-            self.M = _join(_dense(U.M), M_cross, M_test)
+            self.M = _join(U.rows.dense(), M_cross, M_test)
         finite(self.M.detach(), M_cross=M_cross, M_test=M_test)
-        self.covariance = KroneckerPlusNoise(self.M, U.K, Sigma=U.Sigma, log_noise=U.log_noise)
+        self.covariance = KroneckerPlusNoise(self.M, U.K, **U.noise.named())
         self._eigen: tuple[Tensor, Tensor] | None = None
 
     def latent(self, white: Tensor) -> Tensor:
@@ -46,12 +45,6 @@ class JointPrior:
     def observations(self, white: Tensor) -> Tensor:
         """The same with noise: a smooth function of M, K and Σ where these are singular too."""
         return root_matmul(self.covariance._spectral(), white)
-
-
-def _dense(M: Tensor | SymmetricEigen) -> Tensor:
-    if isinstance(M, SymmetricEigen):
-        return (M.eigenvectors * M.eigenvalues[..., None, :]) @ M.eigenvectors.mT
-    return M
 
 
 def _join(M: Tensor, M_cross: Tensor, M_test: Tensor) -> Tensor:

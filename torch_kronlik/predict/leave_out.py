@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..autocast import full_precision
+from ..batch import symmetric
 from ..covariance import KroneckerPlusNoise
-from ..factor.batch import symmetric
+from ..rows import RowCovariance
 from ..rules.expansion import inverse_blocks
-from ..symmetric_eigen import SymmetricEigen
 
 __all__ = [
     "leave_one_out",
@@ -26,7 +26,7 @@ LOG_2PI = math.log(2 * math.pi)
 @full_precision
 def leave_one_out(
     Y: Tensor,
-    M: Tensor | SymmetricEigen,
+    M: RowCovariance,
     K: Tensor,
     *,
     Sigma: Tensor | None = None,
@@ -69,7 +69,7 @@ def leave_one_out(
 @full_precision
 def leave_one_out_log_prob(
     Y: Tensor,
-    M: Tensor | SymmetricEigen,
+    M: RowCovariance,
     K: Tensor,
     *,
     Sigma: Tensor | None = None,
@@ -110,7 +110,7 @@ def leave_one_out_log_prob(
 @full_precision
 def leave_one_row_out(
     Y: Tensor,
-    M: Tensor | SymmetricEigen,
+    M: RowCovariance,
     K: Tensor,
     *,
     Sigma: Tensor | None = None,
@@ -154,7 +154,7 @@ def leave_one_row_out(
 @full_precision
 def leave_one_row_out_log_prob(
     Y: Tensor,
-    M: Tensor | SymmetricEigen,
+    M: RowCovariance,
     K: Tensor,
     *,
     Sigma: Tensor | None = None,
@@ -193,7 +193,7 @@ def leave_one_row_out_log_prob(
 
 
 def _covariance(
-    M: Tensor | SymmetricEigen,
+    M: RowCovariance,
     K: Tensor,
     Sigma: Tensor | None,
     log_noise: Tensor | None,

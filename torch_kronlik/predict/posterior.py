@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..autocast import full_precision
+from ..batch import symmetric
 from ..checks import check_broadcast, check_sample_shape, check_uniform
 from ..covariance import KroneckerPlusNoise
-from ..factor.batch import symmetric
+from ..guards import finite
 from ..likelihood import gaussian_nll
 from ..rules.expansion import inverse_blocks
-from ..rules.finite import finite
 from ..rules.posterior import inverse_pairs
 from .joint import JointPrior
 
@@ -103,7 +103,8 @@ class KroneckerPosterior:
     @full_precision
     def observation_variance(self) -> Tensor:
         """The variances of new observations, noise included: (*batch, S, D)."""
-        return self.variance + self._noise().diagonal(dim1=-2, dim2=-1)[..., None, :]
+        variance: Tensor = self.variance + self.U.noise.diagonal()[..., None, :]
+        return variance
 
     @property
     @full_precision
@@ -189,7 +190,7 @@ class KroneckerPosterior:
             data, new = _split(joint.observations(white), T)
         else:
             data, new = _split(joint.latent(white), T)
-            data = data + self._noise_matmul(self._normal(data.shape, generator))
+            data = data + self.U.noise.root_matmul(self._normal(data.shape, generator))
         return self.mean + new - self._krige(data)
 
     def __repr__(self) -> str:
@@ -207,19 +208,6 @@ class KroneckerPosterior:
 
     def _expand(self, x: Tensor, core: int) -> Tensor:
         return x.expand(*self.batch_shape, *x.shape[x.dim() - core :])
-
-    def _noise(self) -> Tensor:
-        if self.U.log_noise is not None:
-            return torch.diag_embed(self.U.log_noise.exp())
-        assert self.U.Sigma is not None
-        return symmetric(self.U.Sigma)
-
-    def _noise_matmul(self, E: Tensor) -> Tensor:
-        """E Lᵀ with Σ = L Lᵀ."""
-        if self.U.log_noise is not None:
-            return E * torch.exp(0.5 * self.U.log_noise)[..., None, :]
-        L: Tensor = torch.linalg.cholesky(self._noise())
-        return E @ L.mT
 
     def _full_test(self, what: str) -> Tensor:
         if not self._full:
@@ -242,7 +230,7 @@ class KroneckerPosterior:
     def _log_prob_dense(self, Y_test: Tensor) -> Tensor:
         S, D = self.event_shape
         eye = torch.eye(S, dtype=Y_test.dtype, device=Y_test.device)
-        noise = eye[:, None, :, None] * self._noise()[..., None, :, None, :]
+        noise = eye[:, None, :, None] * self.U.noise.matrix()[..., None, :, None, :]
         covariance = self.covariance_matrix + noise.reshape(*noise.shape[:-4], S * D, S * D)
         G = torch.linalg.cholesky(symmetric(covariance))
         residual = (Y_test - self.mean).flatten(-2)[..., None]

@@ -1,151 +1,198 @@
-"""What the operators on a factorised U share: their arguments, batch shapes and products with U."""
+"""What the operators on a factorised U share: U as a record, and products with U."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..factor import CORE_DIMS, ROUTES, Cholesky, Spectral
-from ..factor.batch import broadcast, outer_to, sum_to, symmetric
+from ..batch import Shape, broadcast, outer_to, symmetric
+from ..factor import Factor
+from ..noise import Noise
+from ..records import Batch, Layout, Matrix
+from ..rows import RowMatrix, Rows
+
+__all__ = [
+    "Covariance",
+    "Direction",
+    "Factored",
+    "Maybe",
+    "Targets",
+    "add_records",
+    "batch_of",
+    "empty_record",
+    "is_empty",
+    "minus",
+    "plus",
+    "product_gradients",
+    "product_row_matrix",
+    "product_tangent",
+    "total",
+]
 
 Maybe = Tensor | None
-Shape = Sequence[int]
-
-COVARIANCE = (
-    "Tensor? M, Tensor K, Tensor? Sigma, Tensor? log_noise,"
-    " Tensor f0, Tensor f1, Tensor f2, Tensor f3, Tensor f4, str route"
-)
 
 
 class Covariance(NamedTuple):
-    """The arguments ``COVARIANCE`` of every operator, in order.
+    """U = M ⊗ K + I ⊗ Σ by its parts, which is what U is differentiated with respect to."""
 
-    (M, K, Sigma, log_noise) are what it is differentiated with respect to; f0 … f4 are the tensors
-    of the factorisation it computes with, constants for differentiation. M is None where it is
-    known by its eigenvalues and eigenvectors only.
-    """
-
-    M: Maybe
-    K: Tensor
-    Sigma: Maybe
-    log_noise: Maybe
-    f0: Tensor
-    f1: Tensor
-    f2: Tensor
-    f3: Tensor
-    f4: Tensor
-    route: str
+    rows: Rows
+    K: Matrix
+    noise: Noise
 
     @property
-    def factor(self) -> Spectral | Cholesky:
-        return ROUTES[self.route](*self[4:9])
-
-    def spectral(self) -> Spectral:
-        """The factor, where it is known to be in spectral form."""
-        assert self.route == "spectral"
-        return Spectral(*self[4:9])
+    def batch(self) -> torch.Size:
+        return broadcast(self.rows.batch, self.K.shape[:-2], self.noise.batch)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(T, D)"""
-        return self.factor.size, self.K.shape[-1]
+        return self.rows.size, self.K.shape[-1]
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors under the names that a caller knows."""
+        return {**self.rows.named(), "K": self.K, **self.noise.named()}
+
+
+class Factored(NamedTuple):
+    """U with its factorisation, whose tensors are constants for differentiation."""
+
+    parts: Covariance
+    factor: Factor
 
     @property
-    def noise_batch(self) -> torch.Size:
-        return noise_batch(self.Sigma, self.log_noise)
+    def rows(self) -> Any:
+        return self.parts.rows
+
+    @property
+    def K(self) -> Tensor:
+        return self.parts.K
+
+    @property
+    def noise(self) -> Any:
+        return self.parts.noise
 
     @property
     def batch(self) -> torch.Size:
-        rows = self.f0.shape[:-1] if self.M is None else self.M.shape[:-2]
-        return broadcast(rows, self.K.shape[:-2], self.noise_batch)
+        return self.parts.batch
 
     @property
-    def core(self) -> list[Any]:
-        """The trailing dimensions of each argument that are not batch."""
-        return [2, 2, 2, 1, *CORE_DIMS[self.route], None]
+    def shape(self) -> tuple[int, int]:
+        return self.parts.shape
 
-    def named(self) -> dict[str, Maybe]:
-        rows = {"M.eigenvalues": self.f0, "M.eigenvectors": self.f1} if self.M is None else {}
-        own = {"M": self.M, "K": self.K, "Sigma": self.Sigma, "log_noise": self.log_noise}
-        return {**rows, **own}
-
-    def targets(self, needs: Sequence[bool]) -> list[Shape | None]:
-        """The batch shape of the gradient in (M, K, Sigma, log_noise), None where not needed."""
-        cores = zip(self[:4], (2, 2, 2, 1), needs, strict=True)
-        return [x.shape[: x.dim() - c] if need and x is not None else None for x, c, need in cores]
+    def named(self) -> dict[str, Tensor]:
+        return self.parts.named()
 
 
-def noise_batch(Sigma: Maybe, log_noise: Maybe) -> torch.Size:
-    if Sigma is not None:
-        return Sigma.shape[:-2]
-    assert log_noise is not None
-    return log_noise.shape[:-1]
+class Direction(NamedTuple):
+    """A direction, or gradients, in the parts of U; None, or a record of Nones, for zero."""
+
+    rows: Rows | None
+    K: Matrix | None
+    noise: Noise | None
 
 
-def refuse_rows(*_: object) -> NoReturn:
-    raise ValueError(
-        "M requires a gradient, but a SymmetricEigen is a constant: pass M.detach() to "
-        "symmetric_eigen, or pass M itself to the likelihood"
+class Targets(NamedTuple):
+    """The batch shapes of the gradients in Y and in the parts of U, None for those not asked."""
+
+    Y: Batch | None
+    rows: Batch | None
+    K: Batch | None
+    noise: Batch | None
+
+    @classmethod
+    def of(cls, Y: Maybe, parts: Any, needs_Y: bool, needs: Any) -> Targets:
+        """The batch shapes of the arguments themselves, where ``needs`` has a True."""
+        return cls(
+            Y.shape[:-2] if needs_Y and Y is not None else None,
+            parts.rows.batch if any(needs.rows) else None,
+            parts.K.shape[:-2] if needs.K else None,
+            parts.noise.batch if any(needs.noise) else None,
+        )
+
+
+def is_empty(record: Any) -> bool:
+    """Whether a record, or what stands for one, holds no tensor."""
+    if record is None:
+        return True
+    return all(is_empty(x) for x in record) if isinstance(record, tuple) else False
+
+
+def empty_record(like: Any, to: Shape | None, new: Tensor) -> Any:
+    """A record of the kind of ``like`` for gradients at the batch shape ``to``: its shapes, with
+    one empty dimension where nothing is asked for."""
+    leaves = zip(like, Layout(type(like), {}).leaves, strict=True)
+    return type(like)(
+        *(
+            new.new_empty((0,) if to is None else (*to, *x.shape[x.dim() - leaf.core :]))
+            for x, leaf in leaves
+        )
     )
 
 
-def rows_matmul(c: Covariance, X: Tensor) -> Tensor:
-    """M @ X."""
-    if c.M is not None:
-        return c.M @ X
-    s, P = c.f0, c.f1
-    return P @ (s[..., :, None] * (P.mT @ X))
+def batch_of(record: Any) -> torch.Size:
+    """The joint batch shape of the tensors in a record; () where there are none."""
+    if is_empty(record):
+        return torch.Size()
+    leaves = zip(record, Layout(type(record), {}).leaves, strict=True)
+    return broadcast(*(x.shape[: x.dim() - leaf.core] for x, leaf in leaves if x is not None))
 
 
-def noise_matmul(c: Covariance, X: Tensor) -> Tensor:
-    """X @ Sigma."""
-    if c.log_noise is not None:
-        return X * c.log_noise.exp()[..., None, :]
-    assert c.Sigma is not None
-    return X @ c.Sigma
+def add_records(a: Any, b: Any) -> Any:
+    """a + b, tensor by tensor, with None for zero."""
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, tuple):
+        return type(a)(*(add_records(x, y) for x, y in zip(a, b, strict=True)))
+    return a + b
+
+
+# --- products ------------------------------------------------------------------------------------
 
 
 def product_gradients(
-    Z: Tensor, A: Tensor, c: Covariance, to: Sequence[Shape | None], *, symmetrise: bool = True
-) -> list[Maybe]:
-    """Gradients of ⟨Z, M A K + A Σ⟩ in (M, K, Sigma, log_noise), summed to batch shapes ``to``.
+    Z: Tensor, A: Tensor, U: Any, to: Targets, *, symmetrise: bool = True
+) -> Direction:
+    """Gradients of ⟨Z, M A K + A Σ⟩ in the parts of U, as functions of symmetric matrices.
 
     They are symmetric by themselves where Z is a multiple of A.
     """
-    sym = symmetric if symmetrise else torch.Tensor.contiguous
-    to_M, to_K, to_Sigma, to_log = to
-    gM = gK = gSigma = glog = None
-    if to_M is not None:
-        gM = sym(outer_to(Z @ c.K, A, to_M))
-    if to_K is not None:
-        gK = sym(outer_to(Z.mT, rows_matmul(c, A).mT, to_K))
-    if to_Sigma is not None:
-        gSigma = sym(outer_to(Z.mT, A.mT, to_Sigma))
-    if to_log is not None and c.log_noise is not None:
-        root = torch.exp(0.5 * c.log_noise)[..., None, :]  # exp(s) itself may overflow
-        glog = sum_to(((root * Z) * (root * A)).sum(-2), to_log, 1)
-    return [gM, gK, gSigma, glog]
+    rows = K = noise = None
+    if to.rows is not None:
+        rows = U.rows.pull_back(product_row_matrix(Z, A, U, symmetrise), to.rows)
+    if to.K is not None:
+        K = outer_to(Z.mT, U.rows.matmul(A).mT, to.K)
+        K = symmetric(K) if symmetrise else K.contiguous()
+    if to.noise is not None:
+        noise = U.noise.pull_back_product(Z, A, to.noise)
+    return Direction(rows, K, noise)
 
 
-def product_tangent(A: Tensor, c: Covariance, V: Sequence[Maybe]) -> Maybe:
-    """dU·A = dM A K + M A dK + A dΣ for V = (dM, dK, dΣ, d log_noise); None where nothing moves.
+def product_row_matrix(Z: Tensor, A: Tensor, U: Any, symmetrise: bool = True) -> RowMatrix:
+    """Z K Aᵀ, the gradient of ⟨Z, M A K⟩ in M."""
+    return RowMatrix(U.rows.size, pairs=((Z @ U.K, A),), is_symmetric=not symmetrise)
+
+
+def product_tangent(A: Tensor, U: Any, along: Any) -> Maybe:
+    """dU·A = dM A K + M A dK + A dΣ along a direction; None where nothing moves.
 
     Functions of symmetric matrices move along the symmetric part of a direction.
     """
-    dM, dK, dSigma, dlog = V
-    terms = []
-    if dM is not None:
-        terms.append(symmetric(dM) @ A @ c.K)
-    if dK is not None:
-        terms.append(rows_matmul(c, A @ symmetric(dK)))
-    if dSigma is not None:
-        terms.append(A @ symmetric(dSigma))
-    if dlog is not None and c.log_noise is not None:
-        terms.append(A * (c.log_noise.exp() * dlog)[..., None, :])
-    return sum(terms[1:], terms[0]) if terms else None
+    dM = None if is_empty(along.rows) else U.rows.tangent(along.rows)
+    terms: list[Maybe] = [None if dM is None else dM.apply(A) @ U.K]
+    if along.K is not None:
+        terms.append(U.rows.matmul(A @ symmetric(along.K)))
+    if not is_empty(along.noise):
+        terms.append(U.noise.tangent_matmul(A, along.noise))
+    return total(terms)
+
+
+def total(terms: Sequence[Maybe]) -> Maybe:
+    """The sum, with None for zero."""
+    present = [x for x in terms if x is not None]
+    return sum(present[1:], present[0]) if present else None
 
 
 def minus(a: Maybe, b: Maybe) -> Maybe:
@@ -157,6 +204,4 @@ def minus(a: Maybe, b: Maybe) -> Maybe:
 
 def plus(a: Maybe, b: Maybe) -> Maybe:
     """a + b, with None for zero."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+    return total([a, b])

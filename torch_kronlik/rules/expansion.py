@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..derivatives import define, may_be_differentiated, register
-from ..factor.batch import symmetric
-from .common import Covariance, Maybe
+from ..batch import symmetric
+from ..derivatives import define_flat, may_be_differentiated, register
+from .common import Factored, Maybe
 
 __all__ = [
     "inverse_block_sum",
@@ -43,7 +43,7 @@ def _vanishing_rule(inputs: Any, outputs: Any, along: Any, needs: Any = None) ->
     return [None if g is None else g * vanishing(x, order - 1, what), None, None]
 
 
-vanishing = define(
+vanishing = define_flat(
     "vanishing(Tensor x, int order, str what) -> Tensor",
     lambda x, order, what: torch.zeros_like(x, memory_format=torch.contiguous_format),
     lambda x, order, what: x.new_empty(x.shape),
@@ -88,18 +88,15 @@ def moved(Z: Tensor) -> Tensor:
     return Z - Z.detach()
 
 
-def expand(c: Covariance) -> Expansion:
-    f = c.spectral()
+def expand(U: Factored) -> Expansion:
+    f = U.factor
     X = VK = VSigma = None
-    if c.M is not None and may_be_differentiated(c.M):
-        X = moved(f.P.mT @ c.M @ f.P)
-    if may_be_differentiated(c.K):
-        VK = moved(f.R.mT @ c.K @ f.R)
-    if c.log_noise is not None and may_be_differentiated(c.log_noise):
-        Q = torch.exp(0.5 * c.log_noise)[..., :, None] * f.R  # exp(s) itself may overflow
-        VSigma = moved(Q.mT @ Q)
-    elif c.Sigma is not None and may_be_differentiated(c.Sigma):
-        VSigma = moved(f.R.mT @ c.Sigma @ f.R)
+    if may_be_differentiated(*U.rows):
+        X = moved(f.P.mT @ U.rows.matmul(f.P))
+    if may_be_differentiated(U.K):
+        VK = moved(f.R.mT @ U.K @ f.R)
+    if may_be_differentiated(*U.noise):
+        VSigma = moved(U.noise.congruence(f.R))
     return Expansion(f.s, f.lam, f.weights(), X, VK, VSigma)
 
 
@@ -171,43 +168,41 @@ def _row_terms(e: Expansion, x: Weights, local: Maybe) -> Tensor:
     return symmetric(torch.stack(rows, -2)) + torch.diag_embed(torch.stack(diagonal, -1))
 
 
-def _in_outputs(c: Covariance, C: Tensor) -> Tensor:
-    R = c.spectral().R[..., None, :, :]
+def _in_outputs(U: Factored, C: Tensor) -> Tensor:
+    R = U.factor.R[..., None, :, :]
     out: Tensor = R @ C @ R.mT
     return out
 
 
-def inverse_block_sum(c: Covariance) -> Tensor:
+def inverse_block_sum(U: Factored) -> Tensor:
     """B = Σ_t (U⁻¹)_tt, (*batch, D, D)."""
-    e = expand(c)
+    e = expand(U)
     one = torch.ones_like(e.s)[..., None, :]
     x = Weights(
         one,
         lambda w: (w * _diagonal(_not_none(e.X)))[..., None, :],
         lambda w: w.square()[..., None, :] @ _not_none(e.X).square(),
     )
-    return _in_outputs(c, _columns(e, x, "the inverse's block sum")).squeeze(-3)
+    return _in_outputs(U, _columns(e, x, "the inverse's block sum")).squeeze(-3)
 
 
-def inverse_blocks(c: Covariance, F: Tensor) -> Tensor:
+def inverse_blocks(U: Factored, F: Tensor) -> Tensor:
     """(f_s ⊗ I)ᵀ U⁻¹ (f_s ⊗ I) for each row f_s of F (*batch, S, T): (*batch, S, D, D)."""
-    e = expand(c)
-    return _in_outputs(
-        c, _columns(e, _outer_weights(e, F @ c.spectral().P), "blocks of the inverse")
-    )
+    e = expand(U)
+    return _in_outputs(U, _columns(e, _outer_weights(e, F @ U.factor.P), "blocks of the inverse"))
 
 
-def inverse_blocks_diagonal(c: Covariance, F: Maybe = None) -> Tensor:
+def inverse_blocks_diagonal(U: Factored, F: Maybe = None) -> Tensor:
     """The diagonals of :func:`inverse_blocks`, (*batch, S, D): no D×D block without derivatives.
 
     F = None stands for the identity.
     """
-    e, P, R = expand(c), c.spectral().P, c.spectral().R
+    e, P, R = expand(U), U.factor.P, U.factor.R
     x = _outer_weights(e, P if F is None else F @ P)
     diagonal = (x.plain @ e.W) @ R.square().mT
     if not e.moves():
         return diagonal
-    moved_blocks = _in_outputs(c, _moved_columns(e, x, "a diagonal of the inverse"))
+    moved_blocks = _in_outputs(U, _moved_columns(e, x, "a diagonal of the inverse"))
     return diagonal + _diagonal(moved_blocks)
 
 
@@ -220,9 +215,9 @@ def _outer_weights(e: Expansion, Fh: Tensor) -> Weights:
     )
 
 
-def inverse_trace(c: Covariance, M2: Tensor, K2: Tensor) -> Tensor:
+def inverse_trace(U: Factored, M2: Tensor, K2: Tensor) -> Tensor:
     """tr(U⁻¹ (M2 ⊗ K2)), (*batch)."""
-    e, P = expand(c), c.spectral().P
+    e, P = expand(U), U.factor.P
     xh = P.mT @ symmetric(M2) @ P
     x = Weights(
         _diagonal(xh)[..., None, :],
@@ -231,7 +226,7 @@ def inverse_trace(c: Covariance, M2: Tensor, K2: Tensor) -> Tensor:
             _not_none(e.X) @ (w[..., :, None] * xh * w[..., None, :]) @ _not_none(e.X)
         )[..., None, :],
     )
-    C = _in_outputs(c, _columns(e, x, "a trace with the inverse")).squeeze(-3)
+    C = _in_outputs(U, _columns(e, x, "a trace with the inverse")).squeeze(-3)
     return (C * symmetric(K2)).sum((-2, -1))
 
 

@@ -1,107 +1,177 @@
-"""The gradients of log det U in M, K and Sigma, and their derivatives along a direction.
+"""The gradients of log det U in M, K and Σ, and their derivatives along a direction.
 
 First and second derivatives of log det U are exact at repeated and zero eigenvalues; the third is
-refused with an error that says so.
+refused with an error that says so. The gradient in M is the one in the own tensors of the row
+covariance; that in Σ is a matrix for every noise, and is B, the sum of the diagonal blocks of U⁻¹.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..derivatives import define, register
-from ..factor.batch import sum_to
+from ..batch import Shape, sum_to
+from ..derivatives import define
 from ..factor.columns import columns
-from .common import COVARIANCE, Covariance, Maybe, Shape
+from ..records import Matrix
+from ..rows import Rows
+from .common import (
+    Direction,
+    Factored,
+    Maybe,
+    Targets,
+    add_records,
+    batch_of,
+    empty_record,
+    is_empty,
+)
 
-__all__ = ["directions", "logdet_gradients", "logdet_hvp", "to_arguments"]
+__all__ = ["LogdetMoves", "inner", "logdet_gradients", "logdet_hvp", "moves_of", "to_parts"]
 
 
-def directions(c: Covariance, V: Sequence[Maybe]) -> list[Maybe]:
-    """(dM, dK, dΣ) for V = (dM, dK, dΣ, d log_noise), where dΣ = Diag(exp(s) ds)."""
-    dM, dK, dSigma, dlog = V
-    if dlog is not None and c.log_noise is not None:
-        dSigma = torch.diag_embed(c.log_noise.exp() * dlog)
-    return [dM, dK, dSigma]
+class LogdetMoves(NamedTuple):
+    """A direction of (M, K, Σ), or gradients in them."""
+
+    rows: Rows | None
+    K: Matrix | None
+    Sigma: Matrix | None
 
 
-def to_arguments(
-    gradients: Sequence[Tensor], c: Covariance, to: Sequence[Shape | None]
-) -> list[Maybe]:
-    """Gradients in (M, K, Σ) summed to ``to``, and from Σ's the one in log_noise."""
-    out = [None if b is None else sum_to(g, b, 2) for g, b in zip(gradients, to[:3], strict=True)]
-    if to[3] is None or c.log_noise is None:
-        return [*out, None]
-    diagonal = gradients[2].diagonal(dim1=-2, dim2=-1)
-    return [*out, c.log_noise.exp() * sum_to(diagonal, to[3], 1)]
+def moves_of(U: Any, along: Any) -> LogdetMoves:
+    """The direction of (M, K, Σ) along one of the parts of U."""
+    Sigma = None if is_empty(along.noise) else U.noise.tangent(along.noise)
+    if U.rows.is_constant:
+        U.rows.tangent(along.rows)  # refuses a direction
+        return LogdetMoves(None, along.K, Sigma)
+    return LogdetMoves(None if is_empty(along.rows) else along.rows, along.K, Sigma)
+
+
+def to_parts(gradients: Any, U: Any, to: Targets) -> Direction:
+    """Gradients in (M, K, Σ) as those in the parts of U, summed to ``to``."""
+    rows = None if to.rows is None else _sum_record(gradients.rows, to.rows)
+    K = None if to.K is None else sum_to(gradients.K, to.K, 2)
+    noise = None if to.noise is None else U.noise.pull_back(gradients.Sigma, to.noise)
+    return Direction(rows, K, noise)
+
+
+def _sum_record(record: Any, to: Shape) -> Any:
+    shapes = empty_record(record, to, record[0])
+    return type(record)(*(x.sum_to_size(s.shape) for x, s in zip(record, shapes, strict=True)))
+
+
+def inner(gradients: Any, along: Any) -> Maybe:
+    """⟨gradients, direction⟩ over the parts that move: (*batch), None where nothing does."""
+    pairs = [(gradients.K, along.K), (gradients.Sigma, along.Sigma)]
+    if along.rows is not None:
+        pairs += zip(gradients.rows, along.rows, strict=True)
+    terms = [(g * v).sum((-2, -1)) for g, v in pairs if v is not None]
+    return sum(terms[1:], terms[0]) if terms else None
 
 
 # --- the gradients -------------------------------------------------------------------------------
 
 
-def _gradients(*inputs: Any) -> tuple[Tensor, ...]:
-    c = Covariance(*inputs)
-    f, one = c.factor, c.K.new_ones(c.batch)
-    row, col_s, col_1 = f.sums(c.M)
-    gM = f.rows(row, one, None, None, c.batch)
-    shapes = [x.shape for x in _gradients_fake(*inputs)]
-    found = (gM, columns(f.R, col_s), columns(f.R, col_1))
-    return tuple(x.expand(s).contiguous() for x, s in zip(found, shapes, strict=True))
+class Arguments(NamedTuple):
+    U: Factored
 
 
-def _gradients_fake(*inputs: Any) -> tuple[Tensor, ...]:
-    c = Covariance(*inputs)
-    T, D = c.shape
-    return tuple(c.K.new_empty((*c.batch, n, n)) for n in (T, D, D))
+class Gradients(NamedTuple):
+    rows: Rows
+    K: Matrix
+    Sigma: Matrix
 
 
-def _gradients_vjp(inputs: Any, outputs: Any, grads: Any, needs: Any) -> list[Maybe]:
-    c = Covariance(*inputs)
-    return [*to_arguments(logdet_hvp(*c, *grads), c, c.targets(needs[:4])), *[None] * 6]
+def _row_gradient(U: Any, weights: Tensor) -> Any:
+    return U.factor.row_gradient(weights, U.K.new_ones(U.batch), U.batch)
 
 
-def _gradients_jvp(inputs: Any, outputs: Any, tangents: Any) -> list[Maybe]:
-    c = Covariance(*inputs)
-    along = directions(c, tangents[:4])
-    if all(d is None for d in along):
-        return [None] * 3
-    return list(logdet_hvp(*c, *along))
+def _gradients(given: Arguments) -> Gradients:
+    U, shapes = given.U, _gradients_fake(given)
+    row, col_s, col_1 = U.factor.sums(U.rows)
+    rows = shapes.rows
+    if not U.rows.is_constant:
+        rows = U.rows.pull_back(_row_gradient(U, row), U.batch)
+    found = (columns(U.factor.R, col_s), columns(U.factor.R, col_1))
+    return _at(shapes, rows, *found)
+
+
+def _at(shapes: Gradients, rows: Any, K: Tensor, Sigma: Tensor) -> Gradients:
+    """Contiguous, at the shapes that were announced."""
+    return Gradients(
+        type(rows)(*(_as(x, s) for x, s in zip(rows, shapes.rows, strict=True))),
+        _as(K, shapes.K),
+        _as(Sigma, shapes.Sigma),
+    )
+
+
+def _as(x: Tensor, like: Tensor) -> Tensor:
+    return x.expand(like.shape).contiguous()
+
+
+def _shapes(U: Any, batch: Shape) -> Gradients:
+    square = (*batch, *U.K.shape[-2:])
+    to = None if U.rows.is_constant else batch
+    rows = empty_record(U.rows, to, U.K)
+    return Gradients(rows, U.K.new_empty(square), U.K.new_empty(square))
+
+
+def _gradients_fake(given: Arguments) -> Gradients:
+    return _shapes(given.U, given.U.batch)
+
+
+def _gradients_vjp(given: Arguments, made: Any, grads: Any, needs: Any) -> Arguments:
+    U, to = given.U, Targets.of(None, given.U, False, needs.U)
+    moves = LogdetMoves(None if U.rows.is_constant else grads.rows, grads.K, grads.Sigma)
+    found = to_parts(logdet_hvp(U, moves), U, to)
+    return Arguments(Factored(found, None))
+
+
+def _gradients_jvp(given: Arguments, made: Any, along: Arguments) -> Any:
+    moves = moves_of(given.U, along.U)
+    return None if is_empty(moves) else logdet_hvp(given.U, moves)
 
 
 logdet_gradients = define(
-    f"logdet_gradients({COVARIANCE}) -> (Tensor gM, Tensor gK, Tensor gSigma)",
+    "logdet_gradients",
+    Arguments,
+    Gradients,
     _gradients,
     _gradients_fake,
-)
-register(
-    logdet_gradients,
     vjp=_gradients_vjp,
     jvp=_gradients_jvp,
-    core_dims=lambda *c: (Covariance(*c).core, [2, 2, 2]),
 )
 
 
 # --- their derivatives along a direction ---------------------------------------------------------
 
 
-def _hvp(*inputs: Any) -> tuple[Tensor, ...]:
-    c = Covariance(*inputs[:10])
-    out = c.factor.logdet_hvp(c.M, *inputs[10:])
-    return tuple(x.expand(s).contiguous() for x, s in zip(out, _hvp_shapes(inputs), strict=True))
+class HvpArguments(NamedTuple):
+    U: Factored
+    along: LogdetMoves
 
 
-def _hvp_shapes(inputs: Any) -> list[tuple[int, ...]]:
-    c, V = Covariance(*inputs[:10]), inputs[10:]
-    batch = torch.broadcast_shapes(c.batch, *(v.shape[:-2] for v in V if v is not None))
-    T, D = c.shape
-    return [(*batch, n, n) for n in (T, D, D)]
+def _hvp(given: HvpArguments) -> Gradients:
+    U, along = given
+    moves = None if is_empty(along.rows) else along.rows
+    dM = None if moves is None else U.rows.tangent(moves)
+    HM, HK, HS = U.factor.logdet_hvp(U.rows, dM, along.K, along.Sigma)
+    shapes = _hvp_fake(given)
+    rows = shapes.rows
+    if not U.rows.is_constant:
+        batch = shapes.K.shape[:-2]
+        rows = U.rows.pull_back(HM, batch)
+        if U.rows.is_curved and moves is not None:
+            G = _row_gradient(U, U.factor.sums(U.rows)[0])
+            rows = add_records(rows, U.rows.curvature(G, moves, batch))
+    return _at(shapes, rows, HK, HS)
 
 
-def _hvp_fake(*inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(inputs[1].new_empty(shape) for shape in _hvp_shapes(inputs))
+def _hvp_fake(given: HvpArguments) -> Gradients:
+    U, along = given
+    matrices = [x.shape[:-2] for x in along[1:] if x is not None]
+    return _shapes(U, torch.broadcast_shapes(U.batch, batch_of(along.rows), *matrices))
 
 
 def _refuse_third_order(asked: bool) -> None:
@@ -111,30 +181,31 @@ def _refuse_third_order(asked: bool) -> None:
         )
 
 
-def _hvp_vjp(inputs: Any, outputs: Any, grads: Any, needs: Any) -> list[Maybe]:
-    _refuse_third_order(any(needs[:4]))
-    back = zip(logdet_hvp(*inputs[:10], *grads), inputs[10:], needs[10:], strict=True)
-    along = [sum_to(b, v.shape[:-2], 2) if need else None for b, v, need in back]
-    return [*[None] * 10, *along]
+def _hvp_vjp(given: HvpArguments, made: Any, grads: Any, needs: Any) -> HvpArguments:
+    U, along = given
+    _refuse_third_order(needs.U.K or any(needs.U.rows) or any(needs.U.noise))
+    moves = LogdetMoves(None if U.rows.is_constant else grads.rows, grads.K, grads.Sigma)
+    back = logdet_hvp(U, moves)
+    rows = _sum_record(back.rows, batch_of(along.rows)) if any(needs.along.rows) else None
+    matrices = zip(back[1:], along[1:], needs.along[1:], strict=True)
+    K, Sigma = (
+        sum_to(b, v.shape[:-2], 2) if v is not None and need else None for b, v, need in matrices
+    )
+    return HvpArguments(Factored(None, None), LogdetMoves(rows, K, Sigma))
 
 
-def _hvp_jvp(inputs: Any, outputs: Any, tangents: Any) -> list[Maybe]:
-    _refuse_third_order(any(t is not None for t in tangents[:4]))
-    if all(t is None for t in tangents[10:]):
-        return [None] * 3
-    out = logdet_hvp(*inputs[:10], *tangents[10:])
-    return [x.expand_as(o) for x, o in zip(out, outputs, strict=True)]
+def _hvp_jvp(given: HvpArguments, made: Any, along: HvpArguments) -> Any:
+    _refuse_third_order(not is_empty(along.U.parts))
+    if is_empty(along.along):
+        return None
+    out = logdet_hvp(given.U, along.along)
+    return Gradients(
+        type(out.rows)(*(x.expand_as(o) for x, o in zip(out.rows, made.rows, strict=True))),
+        out.K.expand_as(made.K),
+        out.Sigma.expand_as(made.Sigma),
+    )
 
 
 logdet_hvp = define(
-    f"logdet_hvp({COVARIANCE}, Tensor? dM, Tensor? dK, Tensor? dSigma)"
-    " -> (Tensor hM, Tensor hK, Tensor hSigma)",
-    _hvp,
-    _hvp_fake,
-)
-register(
-    logdet_hvp,
-    vjp=_hvp_vjp,
-    jvp=_hvp_jvp,
-    core_dims=lambda *c: ([*Covariance(*c[:10]).core, 2, 2, 2], [2, 2, 2]),
+    "logdet_hvp", HvpArguments, Gradients, _hvp, _hvp_fake, vjp=_hvp_vjp, jvp=_hvp_jvp
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..derivatives import define, may_be_differentiated, register
-from ..factor.diagnose import LinAlgError, batch_element
-from .common import Covariance
+from ..derivatives import define_flat, may_be_differentiated, register
+from ..errors import LinAlgError, batch_element
+from .common import Factored
 from .expansion import Expansion, expand, moved, vanishing_sum
 
 __all__ = ["inverse_pairs", "sqrt_matmul"]
@@ -16,13 +16,13 @@ __all__ = ["inverse_pairs", "sqrt_matmul"]
 # --- the whole of (F ⊗ I) U⁻¹ (F ⊗ I)ᵀ -----------------------------------------------------------
 
 
-def inverse_pairs(c: Covariance, F: Tensor) -> Tensor:
+def inverse_pairs(U: Factored, F: Tensor) -> Tensor:
     """(f_s ⊗ I)ᵀ U⁻¹ (f_u ⊗ I) for all pairs of rows of F (*batch, S, T): (*batch, S, D, S, D).
 
     Σ_j (F̂ Diag(W_·j) F̂ᵀ)_su R_dj R_ej with F̂ = F P; with derivatives, the expansion of
     :mod:`.expansion`, which then needs memory for S·T·D² numbers.
     """
-    e, f = expand(c), c.spectral()
+    e, f = expand(U), U.factor
     Fh = F @ f.P
     scaled = Fh[..., None, :, :] * e.W.mT[..., :, None, :]  # (*batch, D, S, T)
     G = torch.diag_embed((scaled @ Fh[..., None, :, :].mT).movedim(-3, -1)).movedim(
@@ -68,7 +68,7 @@ def _root_values(s: Tensor, what: str) -> Tensor:
     return s.sqrt()
 
 
-root_values = define(
+root_values = define_flat(
     "root_values(Tensor s, str what) -> Tensor",
     _root_values,
     lambda s, what: s.new_empty(s.shape),

@@ -9,243 +9,300 @@ Hessian of φ, which is symmetric and therefore one product for forward and reve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..derivatives import define, register
-from ..factor.batch import broadcast, outer_to, sum_to, symmetric
-from ..factor.columns import columns, noise_diagonal
-from ..factor.diagnose import require_finite
+from ..batch import Shape, broadcast, outer_to, sum_to, symmetric
+from ..derivatives import define
+from ..errors import require_finite
+from ..factor.columns import columns
+from ..noise import Noise
+from ..records import Matrix, Scalar, Vector
+from ..rows import Rows
 from .common import (
-    COVARIANCE,
-    Covariance,
+    Direction,
+    Factored,
     Maybe,
-    Shape,
+    Targets,
+    add_records,
+    empty_record,
+    is_empty,
     minus,
-    plus,
     product_gradients,
+    product_row_matrix,
     product_tangent,
 )
-from .logdet import directions, logdet_gradients, logdet_hvp, to_arguments
+from .logdet import inner, logdet_gradients, logdet_hvp, moves_of, to_parts
 from .solve import solve
 
-__all__ = ["hessian_product", "quad_logdet"]
-
-# What the first pass leaves for the gradients: the scaled data W ⊙ PᵀYR, W λ, Wᵀ s and Wᵀ 1.
-_SAVED = "Tensor scaled, Tensor row, Tensor col_s, Tensor col_1"
-
-
-def _quad_logdet(Y: Maybe, *covariance: Any) -> tuple[Tensor, ...]:
-    c = Covariance(*covariance)
-    inv_quad, logdet, *saved = c.factor.quad_logdet(Y)
-    require_finite(logdet, inv_quad, Y=Y, **c.named())
-    return inv_quad, logdet, *saved
+__all__ = [
+    "Arguments",
+    "GradientArguments",
+    "Gradients",
+    "Pass",
+    "gradients_or_none",
+    "hessian_product",
+    "quad_logdet",
+]
 
 
-def _quad_logdet_fake(Y: Maybe, *covariance: Any) -> tuple[Tensor, ...]:
-    c = Covariance(*covariance)
-    batch, (T, D) = c.batch, c.shape
+class Arguments(NamedTuple):
+    Y: Matrix | None
+    U: Factored
+
+
+class Pass(NamedTuple):
+    """The two values, and what the pass leaves for their gradients."""
+
+    inv_quad: Scalar
+    logdet: Scalar
+    scaled: Matrix  # W ⊙ PᵀYR
+    row: Vector  # W λ
+    col_s: Vector  # Wᵀ s
+    col_1: Vector  # Wᵀ 1
+
+    @property
+    def sums(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        return (self.row, self.col_s, self.col_1) if self.row.shape[-1] else None
+
+
+def _quad_logdet(given: Arguments) -> Pass:
+    Y, U = given
+    made = Pass(*U.factor.quad_logdet(Y))
+    require_finite(made.logdet, made.inv_quad, Y=Y, **U.named())
+    return made
+
+
+def _fake(given: Arguments) -> Pass:
+    Y, U = given
+    batch, inside = U.batch, U.batch
     scaled: tuple[int, ...] = (0,)
     if Y is not None:
         batch = torch.broadcast_shapes(Y.shape[:-2], batch)
-        scaled = (*batch, T, D)
-    row, column = (c.f0.shape[-1], D) if c.route == "spectral" else (0, 0)
-    inner = c.batch
-    shapes = [batch, inner, scaled, (*inner, row), (*inner, column), (*inner, column)]
-    return tuple(c.K.new_empty(shape) for shape in shapes)
+        scaled = (*batch, *U.shape)
+    sums = ((*inside, n) for n in U.factor.sizes_of_sums())
+    return Pass(*map(U.K.new_empty, (batch, inside, scaled, *sums)))
 
 
-def _vjp(inputs: Any, outputs: Any, grads: Any, needs: Any) -> list[Maybe]:
-    c = Covariance(*inputs[1:])
-    to = [inputs[0].shape[:-2] if needs[0] else None, *c.targets(needs[1:5])]
-    return [*_gradient_or_none(grads[:2], inputs, outputs[2:], to), *[None] * 6]
+def _vjp(given: Arguments, made: Pass, grads: Pass, needs: Any) -> Arguments:
+    to = Targets.of(given.Y, given.U, needs.Y, needs.U)
+    found = gradients_or_none(grads.inv_quad, grads.logdet, given, made, to)
+    return Arguments(found.Y, Factored(found.parts, None))
 
 
-def _jvp(inputs: Any, outputs: Any, tangents: Any) -> list[Maybe]:
-    return [*_first_order(inputs, outputs[2], tangents[:5]), *[None] * 4]
+def _jvp(given: Arguments, made: Pass, along: Arguments) -> Pass:
+    dq, dl = _first_order(given, made.scaled, along.Y, along.U)
+    return Pass(dq, dl, *[None] * 4)
 
 
-def _first_order(inputs: Any, scaled: Tensor, V: Sequence[Maybe]) -> tuple[Maybe, Maybe]:
-    """The derivatives of (inv_quad, logdet) along V in (Y, M, K, Sigma, log_noise)."""
-    c = Covariance(*inputs[1:])
-    dq = None if inputs[0] is None else _first_order_q(solve(*inputs, scaled), c, V)
-    along = directions(c, V[1:])
-    if all(v is None for v in along):
-        return dq, None
-    pairs = zip(logdet_gradients(*c), along, strict=True)
-    terms = [(g * v).sum((-2, -1)) for g, v in pairs if v is not None]
-    return dq, sum(terms[1:], terms[0])
+def _first_order(given: Arguments, scaled: Tensor, dY: Maybe, along: Any) -> tuple[Maybe, Maybe]:
+    """The derivatives of (inv_quad, logdet) along a direction."""
+    Y, U = given
+    dq = None
+    if Y is not None:
+        A = solve(Y, U, scaled)
+        right = minus(None if dY is None else 2 * dY, product_tangent(A, U, along))
+        dq = None if right is None else (A * right).sum((-2, -1))
+    moves = moves_of(U, along)
+    return dq, None if is_empty(moves) else inner(logdet_gradients(U), moves)
 
 
-def _first_order_q(A: Tensor, c: Covariance, V: Sequence[Maybe]) -> Maybe:
-    right = minus(None if V[0] is None else 2 * V[0], product_tangent(A, c, V[1:]))
-    return None if right is None else (A * right).sum((-2, -1))
+quad_logdet = define("quad_logdet", Arguments, Pass, _quad_logdet, _fake, vjp=_vjp, jvp=_jvp)
 
 
-quad_logdet = define(
-    f"quad_logdet(Tensor? Y, {COVARIANCE}) -> (Tensor inv_quad, Tensor logdet, {_SAVED})",
-    _quad_logdet,
-    _quad_logdet_fake,
-)
-register(
-    quad_logdet,
-    vjp=_vjp,
-    jvp=_jvp,
-    core_dims=lambda Y, *c: ([2, *Covariance(*c).core], [0, 0, 2, 1, 1, 1]),
-)
+# --- the gradient --------------------------------------------------------------------------------
 
 
-# --- the gradient: quad_logdet_gradient(g_q, g_l, Y, *covariance, *saved, *to) -------------------
-# ``to`` holds the batch shapes of the gradients in (Y, M, K, Sigma, log_noise), None for those that
-# are not asked for; the sums over broadcast batch dimensions are taken inside.
+class GradientArguments(NamedTuple):
+    g_q: Scalar | None
+    g_l: Scalar | None
+    Y: Matrix | None
+    U: Factored
+    made: Pass
+    to: Targets  # the sums over broadcast batch dimensions are taken inside
 
 
-def _gradient_or_none(g: Any, inputs: Any, saved: Any, to: Sequence[Shape | None]) -> list[Maybe]:
-    found = quad_logdet_gradient(*g, *inputs, *saved, *to)
-    return [x if b is not None else None for x, b in zip(found, to, strict=True)]
+class Gradients(NamedTuple):
+    """Of shape (0,) where not asked for."""
+
+    Y: Matrix
+    rows: Rows
+    K: Matrix
+    noise: Noise
+
+    @property
+    def parts(self) -> Direction:
+        return Direction(self.rows, self.K, self.noise)
 
 
-def _gradient(*args: Any) -> tuple[Tensor, ...]:
-    g_q, g_l, Y, c, saved, to = *args[:3], Covariance(*args[3:13]), args[13:17], args[17:]
-    g_q, g_l = _mapped(g_q, to), _mapped(g_l, to[1:])
-    out: list[Maybe] = [None if to[0] is None else c.K.new_zeros((*to[0], *c.shape)), *[None] * 4]
+def gradients_or_none(g_q: Maybe, g_l: Maybe, given: Any, made: Pass, to: Targets) -> Gradients:
+    found = quad_logdet_gradient(g_q, g_l, given.Y, given.U, made, to)
+    return Gradients(*(x if b is not None else None for x, b in zip(found, to, strict=True)))
+
+
+def _gradient(given: GradientArguments) -> Gradients:
+    U, to = given.U, given.to
+    g_q, g_l = _mapped(given.g_q, to), _mapped(given.g_l, to._replace(Y=None))
+    gY: Maybe = None if to.Y is None else U.K.new_zeros((*to.Y, *U.shape))
+    parts = Direction(None, None, None)
     left = A = None
-    if g_q is not None and Y is not None:
-        A = c.factor.solve_scaled(saved[0])
-        Z = -g_q[..., None, None] * A
-        left = None if to[1] is None else Z @ c.K
-        out[0] = None if to[0] is None else -2 * sum_to(Z, to[0], 2)
-        own = c.route == "spectral"
-        out[1:] = product_gradients(
-            Z, A, c, [None, None if own else to[2], *to[3:]], symmetrise=False
-        )
-        if own and to[2] is not None:
-            out[2] = _quadratic_in_K(-g_q, saved[0], c, to[2])
-        if left is not None and to[1] is not None and g_l is None:
-            out[1] = outer_to(left, A, to[1])
+    if g_q is not None and given.Y is not None:
+        A = U.factor.solve_scaled(given.made.scaled)
+        left = -g_q[..., None, None] * A
+        gY = None if to.Y is None else -2 * sum_to(left, to.Y, 2)
+        K = U.factor.quadratic_in_K(-g_q, given.made.scaled, to.K)
+        others = to._replace(K=to.K if K is None else None)
+        if g_l is not None:  # with the log-det part, in one pass over the gradient in M
+            others = others._replace(rows=None)
+        parts = product_gradients(left, A, U, others, symmetrise=False)
+        parts = parts if K is None else parts._replace(K=K)
     if g_l is not None and any(b is not None for b in to[1:]):
-        sums = c.factor.sums(c.M, saved if saved[1].shape[-1] else None)
-        if to[1] is not None:
-            out[1] = c.factor.rows(sums[0], g_l, left, A, to[1])
-        columns = _columns_gradient(c, [g_l[..., None] * x for x in sums[1:]], to[2:])
-        out[2:] = map(plus, out[2:], columns)
-    return tuple(c.K.new_empty(0) if x is None else x.contiguous() for x in out)
+        row, col_s, col_1 = U.factor.sums(U.rows, given.made.sums)
+        if to.rows is not None:
+            G = U.factor.row_gradient(row, g_l, to.rows)
+            if A is not None:
+                assert left is not None
+                G = G.plus(product_row_matrix(left, A, U, symmetrise=False))
+            parts = parts._replace(rows=U.rows.pull_back(G, to.rows))
+        sums = g_l[..., None] * col_s, g_l[..., None] * col_1
+        parts = add_records(parts, _column_gradients(U, *sums, to))
+    return _filled(Gradients(gY, *parts), given)
 
 
-def _mapped(g: Maybe, to: Sequence[Shape | None]) -> Maybe:
+def _mapped(g: Maybe, to: Targets) -> Maybe:
     """A mapped argument that the cotangent does not depend on maps the result all the same."""
     if g is None:
         return None
     return g.expand(broadcast(g.shape, *(b for b in to if b is not None)))
 
 
-def _quadratic_in_K(g: Tensor, scaled: Tensor, c: Covariance, to_K: Shape) -> Tensor:
-    """g Aᵀ M A as g (PᵀA)ᵀ S (PᵀA): what M annihilates in a large A then cancels exactly."""
-    f = c.spectral()
-    B = f.coordinates(scaled)
-    weighted = (g[..., None] * f.s)[..., :, None] * B
-    return outer_to(weighted.mT, B.mT, to_K)
-
-
-def _columns_gradient(
-    c: Covariance, sums: Sequence[Tensor], to: Sequence[Shape | None]
-) -> list[Maybe]:
+def _column_gradients(U: Any, col_s: Tensor, col_1: Tensor, to: Targets) -> Direction:
     """The log-det part in K and the noise; the batch is summed over vectors where it can be."""
-    f, (col_s, col_1) = c.factor, sums
-    to_K, to_Sigma, to_log = to
-    gK = gSigma = glog = None
-    if to_K is not None:
-        gK = sum_to(columns(f.R, _sum_shared(f, col_s, to_K)), to_K, 2)
-    if to_Sigma is not None:
-        gSigma = sum_to(columns(f.R, _sum_shared(f, col_1, to_Sigma)), to_Sigma, 2)
-    if to_log is not None and c.log_noise is not None:
-        diagonal = noise_diagonal(f.R, _sum_shared(f, col_1, to_log), c.log_noise)
-        glog = sum_to(diagonal, to_log, 1)
-    return [gK, gSigma, glog]
+    R, K, noise = U.factor.R, None, None
+
+    def shared(weights: Tensor, target: Shape) -> Tensor:
+        """Summed as far as R allows: R has the batch shape that K and the noise share."""
+        return sum_to(weights, broadcast(R.shape[:-2], target), 1)
+
+    if to.K is not None:
+        K = sum_to(columns(R, shared(col_s, to.K)), to.K, 2)
+    if to.noise is not None:
+        noise = U.noise.pull_back_columns(R, shared(col_1, to.noise), to.noise)
+    return Direction(None, K, noise)
 
 
-def _sum_shared(f: Any, weights: Tensor, to: Shape) -> Tensor:
-    """Summed as far as R allows: it has the batch shape that K and the noise share."""
-    return sum_to(weights, broadcast(f.R.shape[:-2], to), 1)
+def _filled(found: Gradients, given: GradientArguments) -> Gradients:
+    """Contiguous, and as announced where nothing was found."""
+    like = _gradient_fake(given)
+    Y, K = (e if x is None else x.contiguous() for x, e in ((found.Y, like.Y), (found.K, like.K)))
+    rows, noise = (
+        e if x is None else type(e)(*(y.contiguous() for y in x))
+        for x, e in ((found.rows, like.rows), (found.noise, like.noise))
+    )
+    return Gradients(Y, rows, K, noise)
 
 
-def _gradient_fake(*args: Any) -> tuple[Tensor, ...]:
-    c, to = Covariance(*args[3:13]), args[17:]
-    T, D = c.shape
-    cores = ((T, D), (T, T), (D, D), (D, D), (D,))
-    shapes = [(0,) if b is None else (*b, *core) for b, core in zip(to, cores, strict=True)]
-    return tuple(c.K.new_empty(shape) for shape in shapes)
+def _gradient_fake(given: GradientArguments) -> Gradients:
+    U, to, D = given.U, given.to, given.U.shape[1]
+    return Gradients(
+        U.K.new_empty((0,) if to.Y is None else (*to.Y, *U.shape)),
+        empty_record(U.rows, to.rows, U.K),
+        U.K.new_empty((0,) if to.K is None else (*to.K, D, D)),
+        empty_record(U.noise, to.noise, U.K),
+    )
 
 
-def hessian_product(args: Any, to: Sequence[Shape | None], V: Sequence[Maybe]) -> list[Maybe]:
-    """The derivative of φ's gradient along V in (Y, M, K, Sigma, log_noise), summed to ``to``."""
-    g_q, g_l, c = args[0], args[1], Covariance(*args[3:13])
-    out: list[Maybe] = [None] * 5
-    if g_q is not None and args[2] is not None:
-        out = _hessian_product_q(g_q[..., None, None], solve(*args[2:14]), c, to, V)
-    along = directions(c, V[1:])
-    if g_l is not None and any(v is not None for v in along):
-        moved = [g_l[..., None, None] * h for h in logdet_hvp(*c, *along)]
-        out[1:] = map(plus, out[1:], to_arguments(moved, c, to[1:]))
-    if V[4] is not None and to[4] is not None:
-        own = torch.broadcast_shapes(to[4], V[4].shape[:-1])
-        glog = quad_logdet_gradient(*args[:17], *[None] * 4, own)[4]
-        out[4] = plus(out[4], sum_to(V[4] * glog, to[4], 1))
-    return out
+def hessian_product(given: Any, to: Targets, dY: Maybe, along: Any) -> Gradients:
+    """The derivative of φ's gradient along a direction in (Y, parts of U), summed to ``to``.
+
+    ``given`` has the fields of :class:`GradientArguments`.
+    """
+    U, gY, parts = given.U, None, Direction(None, None, None)
+    if given.g_q is not None and given.Y is not None:
+        A = solve(given.Y, U, given.made.scaled)
+        gY, parts = _hessian_product_q(given.g_q[..., None, None], A, U, to, dY, along)
+    moves = moves_of(U, along)
+    if given.g_l is not None and not is_empty(moves):
+        found = logdet_hvp(U, moves)
+        weighted = type(found)(*_times(given.g_l[..., None, None], found))
+        parts = add_records(parts, to_parts(weighted, U, to))
+    if U.noise.is_curved and not is_empty(along.noise) and to.noise is not None:
+        batch = torch.broadcast_shapes(to.noise, along.noise.batch)
+        own = quad_logdet_gradient(*given[:5], Targets(None, None, None, batch)).noise
+        curved = U.noise.curvature(own, along.noise)
+        summed = type(curved)(
+            *(
+                x.sum_to_size(like.shape)
+                for x, like in zip(curved, empty_record(U.noise, to.noise, U.K), strict=True)
+            )
+        )
+        parts = parts._replace(noise=add_records(parts.noise, summed))
+    return Gradients(gY, *parts)
+
+
+def _times(g: Tensor, record: Any) -> list[Any]:
+    return [type(x)(*_times(g, x)) if isinstance(x, tuple) else g * x for x in record]
 
 
 def _hessian_product_q(
-    g: Tensor, A: Tensor, c: Covariance, to: Sequence[Shape | None], V: Sequence[Maybe]
-) -> list[Maybe]:
+    g: Tensor, A: Tensor, U: Any, to: Targets, dY: Maybe, along: Any
+) -> tuple[Maybe, Direction]:
     """The part of g·inv_quad, whose gradient is (2A, −A K Aᵀ, −Aᵀ M A, −Aᵀ A) times g."""
-    out: list[Maybe] = [None] * 5
-    right = minus(V[0], product_tangent(A, c, V[1:]))
+    gY, parts = None, Direction(None, None, None)
+    right = minus(dY, product_tangent(A, U, along))
     if right is not None:
-        Z = 2 * g * solve(right, *c, None)
-        out[0] = None if to[0] is None else sum_to(Z, to[0], 2)
-        out[1:] = product_gradients(-Z, A, c, to[1:])
-    if V[2] is not None and to[1] is not None:
-        out[1] = minus(out[1], outer_to(g * A @ symmetric(V[2]), A, to[1]))
-    if V[1] is not None and to[2] is not None:
-        out[2] = minus(out[2], outer_to(g * A.mT, (symmetric(V[1]) @ A).mT, to[2]))
-    return out
+        Z = 2 * g * solve(right, U, None)
+        gY = None if to.Y is None else sum_to(Z, to.Y, 2)
+        parts = product_gradients(-Z, A, U, to)
+    rows, K = parts.rows, parts.K
+    moves = None if is_empty(along.rows) else along.rows
+    if along.K is not None and to.rows is not None:
+        G = product_row_matrix(
+            -g * A, A, U._replace(parts=U.parts._replace(K=symmetric(along.K))), symmetrise=False
+        )
+        rows = add_records(rows, U.rows.pull_back(G, to.rows))
+    if moves is not None and U.rows.is_curved and to.rows is not None:
+        G = product_row_matrix(-g * A, A, U, symmetrise=False)
+        rows = add_records(rows, U.rows.curvature(G, moves, to.rows))
+    if moves is not None and to.K is not None:
+        K = minus(K, outer_to(g * A.mT, U.rows.tangent(moves).apply(A).mT, to.K))
+    return gY, parts._replace(rows=rows, K=K)
 
 
-def _gradient_vjp(args: Any, outputs: Any, grads: Any, needs: Any) -> list[Maybe]:
-    c = Covariance(*args[3:13])
-    to = [args[2].shape[:-2] if needs[2] else None, *c.targets(needs[3:7])]
-    V = [g if b is not None else None for g, b in zip(grads, args[17:], strict=True)]
-    first = _first_order(args[2:13], args[13], V) if needs[0] or needs[1] else (None, None)
-    return [*first, *hessian_product(args, to, V), *[None] * 15]
+def _gradient_vjp(
+    given: GradientArguments, made: Gradients, grads: Gradients, needs: Any
+) -> GradientArguments:
+    to = Targets.of(given.Y, given.U, needs.Y, needs.U)
+    dY, along = _asked(grads.Y, grads.parts, given.to)
+    first: tuple[Maybe, Maybe] = (None, None)
+    if needs.g_q or needs.g_l:
+        first = _first_order(Arguments(given.Y, given.U), given.made.scaled, dY, along)
+    found = hessian_product(given, to, dY, along)
+    return GradientArguments(*first, found.Y, Factored(found.parts, None), None, None)
 
 
-def _gradient_jvp(args: Any, outputs: Any, tangents: Any) -> list[Maybe]:
-    to = args[17:]
-    out = hessian_product(args, to, tangents[2:7])
-    if tangents[0] is None and tangents[1] is None:
+def _asked(Y: Maybe, parts: Direction, to: Targets) -> tuple[Maybe, Direction]:
+    """The cotangents of the gradients that were asked for."""
+    kept = (x if b is not None else None for x, b in zip(parts, to[1:], strict=True))
+    return Y if to.Y is not None else None, Direction(*kept)
+
+
+def _gradient_jvp(given: GradientArguments, made: Gradients, along: GradientArguments) -> Gradients:
+    out = hessian_product(given, given.to, along.Y, along.U)
+    if along.g_q is None and along.g_l is None:
         return out
-    return list(map(plus, out, _gradient_or_none(tangents[:2], args[2:13], args[13:17], to)))
-
-
-def _gradient_core(*args: Any) -> tuple[list[Any], list[int]]:
-    c = Covariance(*args[3:13])
-    return [0, 0, 2, *c.core, 2, 1, 1, 1, *[None] * 5], [2, 2, 2, 2, 1]
+    more = gradients_or_none(along.g_q, along.g_l, given, given.made, given.to)
+    return add_records(out, more)
 
 
 quad_logdet_gradient = define(
-    f"quad_logdet_gradient(Tensor? g_q, Tensor? g_l, Tensor? Y, {COVARIANCE}, {_SAVED},"
-    " SymInt[]? to_Y, SymInt[]? to_M, SymInt[]? to_K, SymInt[]? to_Sigma, SymInt[]? to_log)"
-    " -> (Tensor gY, Tensor gM, Tensor gK, Tensor gSigma, Tensor glog)",
+    "quad_logdet_gradient",
+    GradientArguments,
+    Gradients,
     _gradient,
     _gradient_fake,
-)
-register(
-    quad_logdet_gradient,
     vjp=_gradient_vjp,
     jvp=_gradient_jvp,
-    core_dims=_gradient_core,
-    batch_shapes=range(17, 22),
 )

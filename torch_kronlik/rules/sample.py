@@ -6,28 +6,27 @@ import torch
 from torch import Tensor
 
 from ..derivatives import may_be_differentiated
-from .common import Covariance
+from .common import Factored
 from .expansion import moved, vanishing_sum
 
 __all__ = ["root_matmul"]
 
 
-def root_matmul(c: Covariance, E: Tensor) -> Tensor:
+def root_matmul(U: Factored, E: Tensor) -> Tensor:
     """F·E with U = F Fᵀ, F = (I ⊗ L) (M ⊗ K̃ + I)^½, Σ = L Lᵀ, K̃ = L⁻¹ K L⁻ᵀ: (*batch, T, D).
 
     The symmetric square root is a smooth function of its positive definite argument, whatever the
     eigenvectors that it is computed with. Its derivative divides by sums of roots, never by
     differences: dV_ab = dA_ab / (v_a + v_b). First order; the second is refused.
     """
-    L, whitened = _whiten(c)
-    f = c.spectral()
-    Q = (L[..., :, None] * f.R if c.log_noise is not None else L.mT @ f.R).detach()
+    f, whitened = U.factor, U.noise.whitened(U.K)
+    Q = U.noise.coordinates(f.R).detach()
     v = (1 + f.s[..., :, None] * f.lam[..., None, :]).sqrt()
     Eh = f.P.mT @ E @ Q
     Z = v * Eh
     parts = []
-    if c.M is not None and may_be_differentiated(c.M):
-        X = moved(f.P.mT @ c.M @ f.P)
+    if may_be_differentiated(*U.rows):
+        X = moved(f.P.mT @ U.rows.matmul(f.P))
         Z = Z + _rows_term(X, f.lam, v, Eh)
         parts.append(X)
     if may_be_differentiated(whitened):
@@ -36,19 +35,8 @@ def root_matmul(c: Covariance, E: Tensor) -> Tensor:
         parts.append(V)
     if parts:
         Z = Z + vanishing_sum(parts, 1, "a sample")[..., None, None]
-    white: Tensor = f.P @ (Z @ Q.mT)
-    return white * L[..., None, :] if c.log_noise is not None else white @ L.mT
-
-
-def _whiten(c: Covariance) -> tuple[Tensor, Tensor]:
-    """(L, L⁻¹ K L⁻ᵀ), differentiable; L is a vector where Σ is diagonal."""
-    if c.log_noise is not None:
-        L = torch.exp(0.5 * c.log_noise)
-        return L, c.K / L[..., :, None] / L[..., None, :]
-    assert c.Sigma is not None
-    L = torch.linalg.cholesky(c.Sigma)
-    half = torch.linalg.solve_triangular(L, c.K, upper=False)
-    return L, torch.linalg.solve_triangular(L, half.mT, upper=False)
+    out: Tensor = U.noise.root_matmul(f.P @ (Z @ Q.mT))
+    return out
 
 
 def _rows_term(X: Tensor, lam: Tensor, v: Tensor, Eh: Tensor) -> Tensor:

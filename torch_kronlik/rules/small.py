@@ -1,107 +1,132 @@
 """The negative log likelihood of small problems: value and gradients in one native call.
 
-The gradients are outputs of the operator, so reverse mode only scales them. Differentiated again,
-their rule is the Hessian product of the general operators, on a factorisation made then.
+The gradients are outputs of the operator, so reverse mode only scales them. Where they are to be
+differentiated themselves, reverse mode goes through the general operators instead, on one
+factorisation made then, which every later Hessian product uses.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..batch import sum_to
 from ..capture import is_captured
-from ..derivatives import define, register
-from ..factor.batch import sum_to
-from ..factor.diagnose import (
-    OVERFLOW,
-    not_positive_definite,
-    raise_if_not_finite,
-)
-from ..factor.eigen import U
-from .common import Maybe, noise_batch, plus
+from ..derivatives import define, is_plain_eager
+from ..errors import COVARIANCE, OVERFLOW, not_positive_definite, raise_if_not_finite
+from ..factor.plan import costs
+from ..noise import Noise
+from ..records import Matrix, Scalar
+from ..rows import Dense
+from .common import Covariance, Targets, add_records, is_empty
 from .factorise import factorise
-from .quad_logdet import hessian_product, quad_logdet
+from .quad_logdet import Arguments as QuadLogdetArguments
+from .quad_logdet import (
+    GradientArguments,
+    Gradients,
+    gradients_or_none,
+    hessian_product,
+    quad_logdet,
+)
 
-__all__ = ["small_nll"]
-
-_CORES = (2, 2, 2, 2, 1)  # of Y, M, K, Sigma, log_noise
+__all__ = ["is_small", "small_nll"]
 
 
-def _small_nll(Y: Tensor, M: Tensor, K: Tensor, Sigma: Maybe, log_noise: Maybe,
-               gradients: bool) -> tuple[Tensor, ...]:  # fmt: skip
-    noise = log_noise if Sigma is None else Sigma
-    *out, status = ops.small_nll(Y, M, K, noise, Sigma is not None, gradients)
+class Arguments(NamedTuple):
+    Y: Matrix
+    M: Matrix
+    K: Matrix
+    noise: Noise
+    gradients: bool
+
+
+class Results(NamedTuple):
+    nll: Scalar
+    Y: Matrix
+    M: Matrix
+    K: Matrix
+    noise: Noise
+
+
+def _small_nll(given: Arguments) -> Results:
+    Y, M, K, noise, gradients = given
+    (tensor,) = noise
+    *out, gnoise, status = ops.small_nll(Y, M, K, tensor, noise.is_matrix, gradients)
     if not is_captured(status) and bool(status.any()):
-        _raise(status, Y=Y, M=M, K=K, Sigma=Sigma, log_noise=log_noise)
-    return tuple(out)
+        _raise(status, Y=Y, M=M, K=K, **noise.named())
+    return Results(*out, type(noise)(gnoise))
 
 
-def _raise(status: Tensor, **arguments: Maybe) -> None:
+def _raise(status: Tensor, **arguments: Tensor) -> None:
     raise_if_not_finite(**arguments)
-    for code, what in ((1, "Sigma"), (2, U)):
+    for code, what in ((1, "Sigma"), (2, COVARIANCE)):
         if bool((status == code).any()):
             not_positive_definite(what, status == code)
     raise OverflowError(OVERFLOW)
 
 
-def _fake(Y: Tensor, M: Tensor, K: Tensor, Sigma: Maybe, log_noise: Maybe,
-          gradients: bool) -> tuple[Tensor, ...]:  # fmt: skip
-    batch = torch.broadcast_shapes(
-        Y.shape[:-2], M.shape[:-2], K.shape[:-2], noise_batch(Sigma, log_noise)
-    )
-    T, D = Y.shape[-2:]
-    cores = [(T, D), (T, T), (D, D), (D,) if Sigma is None else (D, D)]
-    shapes = [(*batch, *core) if gradients else (0,) for core in cores]
-    return Y.new_empty(batch), *(Y.new_empty(shape) for shape in shapes)
+def _fake(given: Arguments) -> Results:
+    Y, M, K, noise, gradients = given
+    batch = torch.broadcast_shapes(Y.shape[:-2], M.shape[:-2], K.shape[:-2], noise.batch)
+    (tensor,) = noise
+    cores = [X.shape[-2:] for X in (Y, M, K)] + [tensor.shape[len(noise.batch) :]]
+    *found, gnoise = (Y.new_empty((*batch, *core) if gradients else (0,)) for core in cores)
+    return Results(Y.new_empty(batch), *found, type(noise)(gnoise))
 
 
-def _vjp(inputs: Any, outputs: Any, grads: Any, needs: Any) -> list[Maybe]:
-    found = _by_argument(inputs, outputs[1:])
-    to = [
-        x.shape[: x.dim() - core] if need and x is not None else None
-        for x, core, need in zip(inputs, _CORES, needs, strict=False)
+def _vjp(given: Arguments, made: Results, grads: Results, needs: Any) -> Arguments:
+    along = Gradients(grads.Y, Dense(grads.M), grads.K, grads.noise)
+    if torch.is_grad_enabled() or not is_empty(along):
+        return _by_general_operators(given, grads.nll, along, needs)
+    batch_shapes = [X.shape[:-2] for X in given[:3]]
+    found = [
+        sum_to(grads.nll[..., None, None] * g, b, 2) if need else None
+        for g, b, need in zip(made[1:4], batch_shapes, needs[:3], strict=True)
     ]
-    out: list[Maybe] = [None] * 5
-    if grads[0] is not None:
-        out = [
-            None if b is None or g is None else sum_to(_widened(grads[0], core) * g, b, core)
-            for g, b, core in zip(found, to, _CORES, strict=True)
-        ]
-    if any(g is not None for g in grads[1:]):
-        V = _by_argument(inputs, grads[1:])
-        out = [plus(a, b) for a, b in zip(out, _hessian_product(inputs, to, V), strict=True)]
-    return [*out, None]
+    (tensor,), (gnoise,) = given.noise, made.noise
+    noise = None
+    if any(needs.noise):
+        core = tensor.dim() - len(given.noise.batch)
+        wide = grads.nll.reshape(grads.nll.shape + (1,) * core)
+        noise = type(given.noise)(sum_to(wide * gnoise, given.noise.batch, core))
+    return Arguments(*found, noise, None)
 
 
-def _widened(g: Tensor, core: int) -> Tensor:
-    return g.reshape(g.shape + (1,) * core) if g.dim() else g
+def _by_general_operators(
+    given: Arguments, g: Tensor | None, along: Gradients, needs: Any
+) -> Arguments:
+    """g times the gradients, to be differentiated again, and their derivative along a direction."""
+    U, _ = factorise(Covariance(Dense(given.M), given.K, given.noise), "auto")
+    made = quad_logdet(given.Y, U)
+    to = Targets(
+        *(X.shape[:-2] if need else None for X, need in zip(given[:3], needs[:3], strict=True)),
+        given.noise.batch if any(needs.noise) else None,
+    )
+    found = None
+    if g is not None:
+        found = gradients_or_none(0.5 * g, 0.5 * g, QuadLogdetArguments(given.Y, U), made, to)
+    if not is_empty(along):
+        half = torch.full_like(made.logdet, 0.5)
+        point = GradientArguments(half, half, given.Y, U, made, to)
+        found = add_records(found, hessian_product(point, to, along.Y, along.parts))
+    assert found is not None
+    M = None if found.rows is None else found.rows.M
+    return Arguments(found.Y, M, found.K, found.noise, None)
 
 
-def _by_argument(inputs: Any, four: Any) -> list[Maybe]:
-    """(Y, M, K, noise) as (Y, M, K, Sigma, log_noise)."""
-    full = inputs[3] is not None
-    return [*four[:3], four[3] if full else None, None if full else four[3]]
+small_nll = define("gaussian_nll_small", Arguments, Results, _small_nll, _fake, vjp=_vjp)
 
 
-def _hessian_product(inputs: Any, to: Any, V: Any) -> list[Maybe]:
-    Y, M, K, Sigma, log_noise, _ = inputs
-    c, _ = factorise(M, K, Sigma, log_noise, "auto")
-    inv_quad, logdet, *saved = quad_logdet(Y, *c)
-    half_q, half_l = (torch.full_like(x, 0.5) for x in (inv_quad, logdet))
-    return hessian_product((half_q, half_l, Y, *c, *saved), to, V)
-
-
-small_nll = define(
-    "gaussian_nll_small(Tensor Y, Tensor M, Tensor K, Tensor? Sigma, Tensor? log_noise,"
-    " bool gradients) -> (Tensor nll, Tensor gY, Tensor gM, Tensor gK, Tensor gnoise)",
-    _small_nll,
-    _fake,
-)
-register(
-    small_nll,
-    vjp=_vjp,
-    core_dims=lambda *args: ([*_CORES, None], [0, 2, 2, 2, 1 if args[3] is None else 2]),
-)
+def is_small(parts: Covariance, batch: torch.Size) -> bool:
+    """Whether one native call for value and gradients serves: M is a matrix that no two problems of
+    the batch share."""
+    T, D = parts.shape
+    return (
+        type(parts.rows) is Dense
+        and costs(parts.K.device.type).fits_small(T, D)
+        and parts.rows.batch == batch
+        and is_plain_eager()
+    )

@@ -8,11 +8,13 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..capture import is_captured
+from .capture import is_captured
 
+COVARIANCE = "U = M ⊗ K + I ⊗ Sigma"
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 __all__ = [
+    "COVARIANCE",
     "OVERFLOW",
     "LinAlgError",
     "batch_element",

@@ -9,17 +9,19 @@ the others have C_j = I. Plain numerics: nothing here is differentiated.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .batch import Shape, add_outer_, broadcast, sum_to, symmetric
-from .diagnose import not_positive_definite, require_finite
-from .eigen import U
+from ..batch import Shape, broadcast, sum_to, symmetric
+from ..errors import COVARIANCE, not_positive_definite, require_finite
+from ..records import Matrix, Scalar, Stack, Vector
+from ..rows import RowMatrix
+from .base import Factor
 
-__all__ = ["Cholesky", "factors", "without_zeros"]
+__all__ = ["Shifted", "factors", "without_zeros"]
 
 
 def without_zeros(lam: Tensor) -> Tensor:
@@ -35,7 +37,7 @@ def factors(M: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     L, logdet, status = made(M, lam)
     if bool(status.any()):
         require_finite(lam[..., :, None, None] * M[..., None, :, :])
-        not_positive_definite(U, (status != 0).any(-1))
+        not_positive_definite(COVARIANCE, (status != 0).any(-1))
     return L, logdet
 
 
@@ -69,14 +71,15 @@ def _inverses_by_torch(L: Tensor, M: Tensor, lam: Tensor) -> tuple[Tensor, Tenso
     return rows, with_M, plain
 
 
-class Cholesky(NamedTuple):
+@Factor.register
+class Shifted(NamedTuple):
     """U⁻¹ in factored form; every tensor has the batch shape of what it was computed from."""
 
-    L: Tensor  # (*batch, n, T, T) Cholesky factors of λ_j M + I for the last n columns
-    logdet_C: Tensor  # (*batch, n)
-    lam: Tensor  # (*batch_K, D) eigenvalues of K relative to Sigma, ascending
-    R: Tensor  # (*batch_K, D, D), RᵀΣR = I and RᵀKR = Diag(lam)
-    logdet_noise: Tensor  # (*batch_noise), log det Sigma
+    L: Stack  # (*batch, n, T, T) Cholesky factors of λ_j M + I for the last n columns
+    logdet_C: Vector  # (*batch, n)
+    lam: Vector  # (*batch_K, D) eigenvalues of K relative to Sigma, ascending
+    R: Matrix  # (*batch_K, D, D), RᵀΣR = I and RᵀKR = Diag(lam)
+    logdet_noise: Scalar  # (*batch_noise), log det Sigma
 
     @property
     def size(self) -> int:
@@ -117,11 +120,18 @@ class Cholesky(NamedTuple):
         """A = U⁻¹·Y from the scaled data of :meth:`quad_logdet`."""
         return Z @ self.R.mT
 
+    def sizes_of_sums(self) -> tuple[int, int, int]:
+        """None of the sums that :meth:`sums` makes: they cost as much as a gradient."""
+        return 0, 0, 0
+
+    def quadratic_in_K(self, g: Tensor, Z: Tensor, to: Shape | None) -> None:
+        """Nothing better than the product with M."""
+
     # --- gradients ---------------------------------------------------------------------------
 
-    def sums(self, M: Tensor | None, saved: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
+    def sums(self, rows: Any, saved: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
         """The log-det gradients in this form: Σ_j λ_j C_j⁻¹, tr(M C_j⁻¹) and tr C_j⁻¹."""
-        assert M is not None
+        M = rows.M
         zeros = self.lam.shape[-1] - self.L.shape[-3]
         summed = ops.shifted_inverses if _is_native(M) else _inverses_by_torch
         rows, with_M, plain = summed(self.L, M, self.lam[..., zeros:])
@@ -129,31 +139,28 @@ class Cholesky(NamedTuple):
         with_M = torch.cat([own, with_M], -1)
         return rows, with_M, torch.cat([torch.full_like(own, self.size), plain], -1)
 
-    def rows(self, weights: Tensor, g: Tensor, left: Tensor | None, right: Tensor | None,
-             to: Shape) -> Tensor:  # fmt: skip
-        """g ∂log det/∂M plus left·rightᵀ, summed to the batch shape ``to``; ``weights`` is used
-        up."""
+    def row_gradient(self, weights: Tensor, g: Tensor, to: Shape) -> RowMatrix:
+        """g ∂log det/∂M, from ``weights`` Σ_j λ_j C_j⁻¹, which is used up."""
         factor = g[..., None, None]
         scaled = weights.mul_(factor) if g.shape == weights.shape[:-2] else weights * factor
-        out = sum_to(scaled, to, 2)
-        return out if left is None or right is None else add_outer_(out, left, right)
+        return RowMatrix(self.size, whole=sum_to(scaled, to, 2))
 
     # --- second derivatives ------------------------------------------------------------------
 
     def logdet_hvp(
-        self, M: Tensor | None, dM: Tensor | None, dK: Tensor | None, dSigma: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, rows: Any, dM: RowMatrix | None, dK: Tensor | None, dSigma: Tensor | None
+    ) -> tuple[RowMatrix, Tensor, Tensor]:
         """The derivatives of the three log-det gradients along a symmetric direction.
 
         With κ = diag(RᵀdK R) − λ ⊙ diag(RᵀdΣ R) they are Σ_j C_j⁻¹ (κ_j I − λ_j² dM) C_j⁻¹ for M,
         and for K and Σ traces of products of two inverses.
         """
-        assert M is not None
+        M = rows.M
         zero = M.new_zeros(())
         Kh = zero if dK is None else self.R.mT @ symmetric(dK) @ self.R
         Sh = zero if dSigma is None else self.R.mT @ symmetric(dSigma) @ self.R
         kappa = _diagonal(Kh) - self.lam * _diagonal(Sh)
-        V = zero if dM is None else symmetric(dM)
+        V = zero if dM is None else dM.dense(dM.batch)
         # All λ_j = 0 have C_j = I: the last of them stands for all.
         first = max(self.lam.shape[-1] - self.L.shape[-3] - 1, 0)
         of = (torch.arange(self.lam.shape[-1], device=M.device) - first).clamp(min=0)
@@ -171,7 +178,7 @@ class Cholesky(NamedTuple):
         HK = torch.diag_embed(moved) - with_M2 * Kh - symmetric(with_M) * Sh
         HS = torch.diag_embed(-self.lam * moved) - symmetric(with_M) * Kh - plain * Sh
         HK, HS = (symmetric(self.R @ H @ self.R.mT) for H in (HK, HS))
-        return HM, HK, HS
+        return RowMatrix(self.size, whole=HM), HK, HS
 
     def _inverses(self, M: Tensor) -> Tensor:
         """The different C_j⁻¹, ascending in λ_j: (*batch, n, T, T), or n + 1 with I among them."""

@@ -1,39 +1,31 @@
-"""The two eigendecompositions of the spectral route, with their failures explained."""
+"""K and Σ diagonalised together, with the failures explained."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..capture import is_captured
-from ..ops import whiten_small
-from .diagnose import (
+from ..errors import (
+    COVARIANCE,
     OVERFLOW,
     not_positive_definite,
     raise_if_not_finite,
     require_finite,
 )
+from ..noise import Diagonal, Full
+from ..ops import whiten_small
+from ..rows.eigen import eigh, rounded
 
-__all__ = ["U", "eigen", "require_positive_definite", "rounded", "whiten"]
-
-U = "U = M ⊗ K + I ⊗ Sigma"
-
-
-def eigen(M: Tensor) -> tuple[Tensor, Tensor]:
-    """M = P Diag(s) Pᵀ with rounding below zero removed: (s, P)."""
-    s, P = _eigh(M, M=M)
-    return rounded(s), P
-
+__all__ = ["require_positive_definite", "whiten"]
 
 # The native kernel's storage; beyond it a call of LAPACK is the cheaper one anyway.
 LARGEST_NATIVE = 16
 
 
-def whiten(
-    K: Tensor, Sigma: Tensor | None, log_noise: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def whiten(K: Tensor, noise: Diagonal | Full) -> tuple[Tensor, Tensor, Tensor]:
     """K and Sigma diagonalised together, RᵀΣR = I and RᵀKR = Diag(lam): (lam, R, log det Sigma).
 
     The outputs are taken in descending order of noise, so that L⁻¹ adds rows of smaller entries to
@@ -41,46 +33,50 @@ def whiten(
     graded matrices can find them. ``lam`` is ascending.
     """
     if K.shape[-1] > LARGEST_NATIVE:
-        return _whiten_by_lapack(K, Sigma, log_noise)
-    noise = log_noise if Sigma is None else Sigma
-    lam, R, logdet_noise, status = whiten_small(K, noise, Sigma is not None)
+        return _whiten_by_lapack(K, noise)
+    (tensor,) = noise
+    lam, R, logdet_noise, status = whiten_small(K, tensor, noise.is_matrix)
     if is_captured(status):
         return torch.where(status[..., None] == 0, lam, torch.nan), R, logdet_noise
     if bool(status.any()):
-        raise_if_not_finite(K=K, Sigma=Sigma, log_noise=log_noise)
+        raise_if_not_finite(K=K, **noise.named())
         if bool((status == 1).any()):
             not_positive_definite("Sigma", status == 1)
         raise OverflowError(OVERFLOW)
     return lam, R, logdet_noise
 
 
-def _whiten_by_lapack(
-    K: Tensor, Sigma: Tensor | None, log_noise: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _whiten_by_lapack(K: Tensor, noise: Diagonal | Full) -> tuple[Tensor, Tensor, Tensor]:
     """``eigh`` gets the graded matrix from large to small, the order in which it keeps the small
     eigenvalues."""
-    noise = log_noise if Sigma is None else Sigma.diagonal(dim1=-2, dim2=-1)
-    assert noise is not None
-    order = noise.argsort(-1, descending=True)
-    inputs = {"K": K, "Sigma": Sigma, "log_noise": log_noise}
-    K = _permuted(K, order)
-    if Sigma is None:
-        root = torch.exp(-0.5 * noise.take_along_dim(order, -1))[..., :, None]
-        lam, Q = _eigh((root * K * root.mT).flip(-2, -1), **inputs)
-        Q = Q.flip(-2)
-        R, logdet_noise = root * Q, noise.sum(-1)
-    else:
-        L = _cholesky(_permuted(Sigma, order), Sigma)
-        half = torch.linalg.solve_triangular(L, K, upper=False)
-        whitened = torch.linalg.solve_triangular(L, half.mT, upper=False)
-        lam, Q = _eigh(whitened.flip(-2, -1), **inputs)
-        Q = Q.flip(-2)
-        R = torch.linalg.solve_triangular(L.mT, Q, upper=True)
-        logdet_noise = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    inputs = {"K": K, **noise.named()}
+    order = noise.order()
+    whiten_graded: Any = _whiten_full if noise.is_matrix else _whiten_diagonal
+    lam, R, logdet_noise = whiten_graded(_permuted(K, order), *noise, order, inputs)
     if not bool(torch.isfinite(logdet_noise).all()):
         raise_if_not_finite(**inputs)
     back = order.argsort(-1)[..., None].expand(R.shape)
     return rounded(lam), R.take_along_dim(back, -2), logdet_noise
+
+
+Whitened = tuple[Tensor, Tensor, Tensor]
+
+
+def _whiten_diagonal(
+    K: Tensor, log_noise: Tensor, order: Tensor, inputs: dict[str, Tensor]
+) -> Whitened:
+    root = torch.exp(-0.5 * log_noise.take_along_dim(order, -1))[..., :, None]
+    lam, Q = eigh((root * K * root.mT).flip(-2, -1), **inputs)
+    return lam, root * Q.flip(-2), log_noise.sum(-1)
+
+
+def _whiten_full(K: Tensor, Sigma: Tensor, order: Tensor, inputs: dict[str, Tensor]) -> Whitened:
+    L = _cholesky(_permuted(Sigma, order), Sigma)
+    half = torch.linalg.solve_triangular(L, K, upper=False)
+    whitened = torch.linalg.solve_triangular(L, half.mT, upper=False)
+    lam, Q = eigh(whitened.flip(-2, -1), **inputs)
+    R = torch.linalg.solve_triangular(L.mT, Q.flip(-2), upper=True)
+    return lam, R, 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
 def _permuted(X: Tensor, order: Tensor) -> Tensor:
@@ -99,23 +95,6 @@ def _cholesky(X: Tensor, Sigma: Tensor) -> Tensor:
     return L
 
 
-def _eigh(X: Tensor, **arguments: Tensor | None) -> tuple[Tensor, Tensor]:
-    require_finite(X, **arguments)
-    values, vectors = torch.linalg.eigh(X)
-    require_finite(values, **arguments)
-    return values, vectors
-
-
-def rounded(values: Tensor) -> Tensor:
-    """Negative eigenvalues within the rounding error of ``eigh`` (n eps max|λ|) become the zeros
-    that they stand for; a matrix that is truly indefinite keeps its negative eigenvalues."""
-    if values.shape[-1] == 0:
-        return values
-    scale = torch.linalg.vector_norm(values, math.inf, -1, keepdim=True)
-    below = -values.shape[-1] * torch.finfo(values.dtype).eps * scale
-    return torch.where(values >= below, values.relu(), values)
-
-
 def require_positive_definite(s: Tensor, lam: Tensor, P: Tensor | None = None) -> Tensor:
     """``lam``, if 1 + s_i λ_j > 0 for all i, j: it is bilinear, so the extremes decide.
 
@@ -132,5 +111,5 @@ def require_positive_definite(s: Tensor, lam: Tensor, P: Tensor | None = None) -
         s_ends, lam_ends = (torch.stack(x.aminmax(dim=-1), -1) for x in (s, lam))
         least = 1 + (s_ends[..., :, None] * lam_ends[..., None, :]).flatten(-2).amin(-1)
         if not bool((least > 0).all()):
-            not_positive_definite(U, ~(least > 0))
+            not_positive_definite(COVARIANCE, ~(least > 0))
     return lam.clone()

@@ -1,0 +1,20 @@
+"""What a route leaves behind."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..records import Kind
+
+__all__ = ["Factor"]
+
+
+if TYPE_CHECKING:
+    Factor = Any  # which record stands in an open field, a checker cannot know
+else:
+
+    class Factor(Kind):
+        """The factorised forms of U⁻¹ and log det U, one for each route: NamedTuples of tensors.
+
+        Constants for differentiation. They have the members of :class:`.spectral.Spectral`.
+        """

@@ -1,0 +1,274 @@
+"""The noise Σ between outputs: what it can be, and what the rest of the library asks of it.
+
+A noise is a record of its own tensors, the arguments that a caller gave. It knows Σ as a linear
+map, and takes derivatives between Σ and its own tensors: ``tangent`` from their direction to dΣ,
+``pull_back`` from a gradient in Σ to theirs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .batch import Shape, outer_to, sum_to, symmetric
+from .records import Kind, Matrix, Vector
+
+__all__ = ["Diagonal", "Full", "Noise", "make_noise"]
+
+
+if TYPE_CHECKING:
+    Noise = Any  # which record stands in an open field, a checker cannot know
+else:
+
+    class Noise(Kind):
+        """The kinds of noise."""
+
+
+@Noise.register
+class Diagonal(NamedTuple):
+    """Σ = Diag(exp(s)), never expanded to a matrix where that can be avoided."""
+
+    log_noise: Vector  # s
+
+    @property
+    def is_curved(self) -> bool:
+        """Whether Σ is not linear in the own tensor."""
+        return True
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the own tensor is Σ itself."""
+        return False
+
+    @property
+    def batch(self) -> torch.Size:
+        return self.log_noise.shape[:-1]
+
+    def named(self) -> dict[str, Tensor]:
+        return {"log_noise": self.log_noise}
+
+    # --- Σ ---------------------------------------------------------------------------------------
+
+    def matrix(self) -> Tensor:
+        """(*batch, D, D)"""
+        return torch.diag_embed(self.log_noise.exp())
+
+    def diagonal(self) -> Tensor:
+        """(*batch, D)"""
+        return self.log_noise.exp()
+
+    def matmul(self, X: Tensor) -> Tensor:
+        """X Σᵀ for X (*batch, T, D)."""
+        return X * self.log_noise.exp()[..., None, :]
+
+    def transposed_matmul(self, X: Tensor) -> Tensor:
+        """X Σ."""
+        return self.matmul(X)
+
+    def root_matmul(self, E: Tensor) -> Tensor:
+        """E Lᵀ."""
+        return E * torch.exp(0.5 * self.log_noise)[..., None, :]
+
+    def root_transposed_matmul(self, E: Tensor) -> Tensor:
+        """E L."""
+        return self.root_matmul(E)
+
+    def root_solve_transposed(self, X: Tensor) -> Tensor:
+        """X L⁻ᵀ."""
+        return X / torch.exp(0.5 * self.log_noise)[..., None, :]
+
+    def whitened(self, K: Tensor) -> Tensor:
+        """L⁻¹ K L⁻ᵀ."""
+        L = torch.exp(0.5 * self.log_noise)
+        return K / L[..., :, None] / L[..., None, :]
+
+    def congruence(self, R: Tensor) -> Tensor:
+        """RᵀΣR, for R with RᵀΣR = I at the point of factorisation: exp(s) itself may overflow."""
+        Q = self._scaled(R)
+        return Q.mT @ Q
+
+    def coordinates(self, R: Tensor) -> Tensor:
+        """LᵀR."""
+        return self._scaled(R)
+
+    def _scaled(self, R: Tensor) -> Tensor:
+        return torch.exp(0.5 * self.log_noise)[..., :, None] * R
+
+    def order(self) -> Tensor:
+        """The outputs in descending order of noise: (*batch, D)."""
+        return self.log_noise.argsort(-1, descending=True)
+
+    def hidden(self) -> tuple[Tensor, ...]:
+        """What has to be looked at for infinities where a result of exp(s) may hide them."""
+        return (self.log_noise,)
+
+    # --- derivatives -----------------------------------------------------------------------------
+
+    def matmul_tangent(self, X: Tensor, along: Diagonal) -> Tensor | None:
+        """The derivative of X Σᵀ along a direction."""
+        return self.tangent_matmul(X, along)
+
+    def matmul_pull_back(self, Z: Tensor, X: Tensor, to: Shape) -> Diagonal:
+        """The gradient of ⟨Z, X Σᵀ⟩."""
+        return self.pull_back_product(Z, X, to)
+
+    def tangent(self, along: Diagonal) -> Tensor | None:
+        """dΣ along a direction of s."""
+        if along.log_noise is None:
+            return None
+        return torch.diag_embed(self.log_noise.exp() * along.log_noise)
+
+    def tangent_matmul(self, A: Tensor, along: Diagonal) -> Tensor | None:
+        """A dΣ."""
+        if along.log_noise is None:
+            return None
+        return A * (self.log_noise.exp() * along.log_noise)[..., None, :]
+
+    def pull_back(self, G: Tensor, to: Shape) -> Diagonal:
+        """The gradient in s from the one in Σ."""
+        diagonal = G.diagonal(dim1=-2, dim2=-1)
+        return Diagonal(self.log_noise.exp() * sum_to(diagonal, to, 1))
+
+    def pull_back_product(self, Z: Tensor, A: Tensor, to: Shape) -> Diagonal:
+        """The gradient of ⟨Z, A Σ⟩."""
+        # exp(s) itself may overflow.
+        root = torch.exp(0.5 * self.log_noise)[..., None, :]
+        return Diagonal(sum_to(((root * Z) * (root * A)).sum(-2), to, 1))
+
+    def pull_back_columns(self, R: Tensor, weights: Tensor, to: Shape) -> Diagonal:
+        """The gradient in s where the one in Σ is R Diag(weights) Rᵀ."""
+        # exp(s/2) ⊙ R is orthogonal, so nothing overflows.
+        Q = self._scaled(R)
+        return Diagonal(sum_to((Q.square() @ weights[..., None]).squeeze(-1), to, 1))
+
+    def curvature(self, gradient: Diagonal, along: Diagonal) -> Diagonal:
+        """The derivative of ``gradient`` along a direction, with the gradient in Σ held."""
+        return Diagonal(along.log_noise * gradient.log_noise)
+
+
+@Noise.register
+class Full(NamedTuple):
+    """Σ as a matrix."""
+
+    Sigma: Matrix
+
+    @property
+    def is_curved(self) -> bool:
+        """Whether Σ is not linear in the own tensor."""
+        return False
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the own tensor is Σ itself."""
+        return True
+
+    @property
+    def batch(self) -> torch.Size:
+        return self.Sigma.shape[:-2]
+
+    def named(self) -> dict[str, Tensor]:
+        return {"Sigma": self.Sigma}
+
+    # --- Σ ---------------------------------------------------------------------------------------
+
+    def matrix(self) -> Tensor:
+        """(*batch, D, D), the symmetric part."""
+        return symmetric(self.Sigma)
+
+    def diagonal(self) -> Tensor:
+        """(*batch, D)"""
+        return self.Sigma.diagonal(dim1=-2, dim2=-1)
+
+    def matmul(self, X: Tensor) -> Tensor:
+        """X Σᵀ for X (*batch, T, D)."""
+        return X @ self.Sigma.mT
+
+    def transposed_matmul(self, X: Tensor) -> Tensor:
+        """X Σ."""
+        return X @ self.Sigma
+
+    def _root(self) -> Tensor:
+        """L with Σ = L Lᵀ."""
+        L: Tensor = torch.linalg.cholesky(self.matrix())
+        return L
+
+    def root_matmul(self, E: Tensor) -> Tensor:
+        """E Lᵀ."""
+        return E @ self._root().mT
+
+    def root_transposed_matmul(self, E: Tensor) -> Tensor:
+        """E L."""
+        return E @ self._root()
+
+    def root_solve_transposed(self, X: Tensor) -> Tensor:
+        """X L⁻ᵀ."""
+        L = self._root()
+        solved: Tensor = torch.linalg.solve_triangular(L.mT, X, upper=True, left=False)
+        return solved
+
+    def whitened(self, K: Tensor) -> Tensor:
+        """L⁻¹ K L⁻ᵀ."""
+        L = self._root()
+        half = torch.linalg.solve_triangular(L, K, upper=False)
+        out: Tensor = torch.linalg.solve_triangular(L, half.mT, upper=False)
+        return out
+
+    def congruence(self, R: Tensor) -> Tensor:
+        """RᵀΣR."""
+        return R.mT @ self.Sigma @ R
+
+    def coordinates(self, R: Tensor) -> Tensor:
+        """LᵀR."""
+        return self._root().mT @ R
+
+    def order(self) -> Tensor:
+        """The outputs in descending order of noise: (*batch, D)."""
+        return self.diagonal().argsort(-1, descending=True)
+
+    def hidden(self) -> tuple[Tensor, ...]:
+        """Nothing: a product shows what is not finite in Sigma."""
+        return ()
+
+    # --- derivatives -----------------------------------------------------------------------------
+
+    def matmul_tangent(self, X: Tensor, along: Full) -> Tensor | None:
+        """The derivative of X Σᵀ along a direction."""
+        return None if along.Sigma is None else X @ along.Sigma.mT
+
+    def matmul_pull_back(self, Z: Tensor, X: Tensor, to: Shape) -> Full:
+        """The gradient of ⟨Z, X Σᵀ⟩ for any square matrix, not symmetrised."""
+        return Full(outer_to(Z.mT, X.mT, to))
+
+    def tangent(self, along: Full) -> Tensor | None:
+        """dΣ along a direction of Sigma: its symmetric part."""
+        return None if along.Sigma is None else symmetric(along.Sigma)
+
+    def tangent_matmul(self, A: Tensor, along: Full) -> Tensor | None:
+        """A dΣ."""
+        return None if along.Sigma is None else A @ symmetric(along.Sigma)
+
+    def pull_back(self, G: Tensor, to: Shape) -> Full:
+        """The gradient in Sigma."""
+        return Full(sum_to(G, to, 2))
+
+    def pull_back_product(self, Z: Tensor, A: Tensor, to: Shape) -> Full:
+        """The gradient of ⟨Z, A Σ⟩."""
+        return Full(symmetric(outer_to(Z.mT, A.mT, to)))
+
+    def pull_back_columns(self, R: Tensor, weights: Tensor, to: Shape) -> Full:
+        """The gradient R Diag(weights) Rᵀ."""
+        return Full(sum_to((R * weights[..., None, :]) @ R.mT, to, 2))
+
+    def curvature(self, gradient: Full, along: Full) -> Full:
+        """Zero: Σ is linear in Sigma."""
+        return Full(torch.zeros_like(gradient.Sigma))
+
+
+def make_noise(Sigma: Tensor | None = None, log_noise: Tensor | None = None) -> Diagonal | Full:
+    """The noise that a caller's keywords name: exactly one is given."""
+    if log_noise is not None:
+        return Diagonal(log_noise)
+    assert Sigma is not None
+    return Full(Sigma)

@@ -1,0 +1,174 @@
+"""Typed records as the arguments and results of operators.
+
+An operator of PyTorch takes a flat list of tensors. A record is a NamedTuple whose fields say what
+each tensor is: ``Matrix`` is a tensor with two trailing dimensions behind its batch, ``Vector`` one
+with one, and so on; ``Batch`` is the batch shape of a result; a field may be a record itself. The
+schema of an operator, the shapes that vmap needs, and the flat list follow from the annotations.
+
+A field annotated with a subclass of :class:`Kind` is open: any record registered for that kind may
+stand there. An operator has one overload for each combination of registered records.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+__all__ = [
+    "Batch",
+    "Kind",
+    "Layout",
+    "Matrix",
+    "Scalar",
+    "Stack",
+    "Vector",
+    "expand_record",
+    "layouts",
+    "open_fields",
+]
+
+Scalar = Annotated[Tensor, 0]  # (*batch)
+Vector = Annotated[Tensor, 1]  # (*batch, n)
+Matrix = Annotated[Tensor, 2]  # (*batch, m, n)
+Stack = Annotated[Tensor, 3]  # (*batch, k, m, n)
+Batch = Annotated[Sequence[int], "batch"]  # the batch shape of a result
+
+
+class Kind:
+    """A kind of record, such as the row covariances. Subclasses list the records of that kind."""
+
+    records: list[type]
+
+    def __init_subclass__(cls) -> None:
+        cls.records = []
+
+    @classmethod
+    def register(cls, record: type) -> type:
+        """Let ``record``, a NamedTuple, stand where this kind is asked for."""
+        cls.records.append(record)
+        return record
+
+
+class Leaf(NamedTuple):
+    """A field that is no record."""
+
+    name: str
+    core: int | None  # trailing dimensions that are not batch; None for what is no tensor
+    type: str  # in a schema
+    optional: bool
+
+    @property
+    def is_batch(self) -> bool:
+        return self.type == "SymInt[]"
+
+
+class Layout:
+    """How a record with known kinds is laid out in a flat list.
+
+    Args:
+        record: a NamedTuple class.
+        kinds: the record that stands for each kind.
+        name: of the field that the record stands in.
+    """
+
+    def __init__(self, record: Any, kinds: dict[type, type], name: str = "") -> None:
+        self.record, self.name = record, name
+        hints = get_type_hints(record, include_extras=True)
+        self.fields = [_field(f, hints[f], kinds) for f in record._fields]
+        self.leaves: list[Leaf] = [leaf for field in self.fields for leaf in _leaves(field)]
+
+    def flatten(self, value: Any) -> list[Any]:
+        """The fields of ``value`` in order; a record that is None is as many Nones."""
+        if value is None:
+            return [None] * len(self.leaves)
+        out: list[Any] = []
+        for field, x in zip(self.fields, value, strict=True):
+            if isinstance(field, Layout):
+                out += field.flatten(x)
+            else:
+                out.append(x)
+        return out
+
+    def unflatten(self, flat: Sequence[Any]) -> Any:
+        """The record of a flat list; nested records without any value are records of Nones."""
+        values, start = [], 0
+        for field in self.fields:
+            if isinstance(field, Layout):
+                stop = start + len(field.leaves)
+                values.append(field.unflatten(flat[start:stop]))
+            else:
+                stop = start + 1
+                values.append(flat[start])
+            start = stop
+        return self.record(*values)
+
+    def schema(self) -> list[str]:
+        """``"Tensor? M"`` for each leaf. A name that occurs twice gets that of its record."""
+        names = [leaf.name for leaf in self.leaves]
+        owners = [f.name for f in self.fields for _ in _leaves(f)]
+        full = [
+            f"{owner}_{name}" if name in names[:i] and owner != name else name
+            for i, (owner, name) in enumerate(zip(owners, names, strict=True))
+        ]
+        pairs = zip(self.leaves, full, strict=True)
+        return [f"{x.type}{'?' if x.optional else ''} {name}" for x, name in pairs]
+
+
+def _leaves(field: Leaf | Layout) -> list[Leaf]:
+    return [field] if isinstance(field, Leaf) else field.leaves
+
+
+_TYPES = {int: "int", bool: "bool", str: "str"}
+
+
+def _field(name: str, hint: Any, kinds: dict[type, type], optional: bool = False) -> Leaf | Layout:
+    if get_origin(hint) is Annotated:
+        core = get_args(hint)[1]
+        if core == "batch":
+            return Leaf(name, None, "SymInt[]", optional)
+        return Leaf(name, core, "Tensor", optional)
+    if get_origin(hint) is Union or type(hint).__name__ == "UnionType":
+        (inner,) = (x for x in get_args(hint) if x is not type(None))
+        return _optional(_field(name, inner, kinds, True))
+    if hint in _TYPES:
+        return Leaf(name, None, _TYPES[hint], optional)
+    return Layout(kinds.get(hint, hint), kinds, name)
+
+
+def _optional(field: Leaf | Layout) -> Leaf | Layout:
+    if isinstance(field, Layout):
+        field.fields = [_optional(f) for f in field.fields]
+        field.leaves = [leaf for f in field.fields for leaf in _leaves(f)]
+        return field
+    return field._replace(optional=True)
+
+
+def open_fields(record: Any) -> dict[type, tuple[int, ...]]:
+    """Where a record of each kind stands: the positions that lead there, outside optional ones."""
+    found: dict[type, tuple[int, ...]] = {}
+    hints = get_type_hints(record, include_extras=True)
+    for i, name in enumerate(record._fields):
+        hint = hints[name]
+        if isinstance(hint, type) and issubclass(hint, Kind):
+            found.setdefault(hint, (i,))
+        elif isinstance(hint, type) and hasattr(hint, "_fields"):
+            for kind, path in open_fields(hint).items():
+                found.setdefault(kind, (i, *path))
+    return found
+
+
+def layouts(arguments: Any, results: Any) -> Iterator[tuple[tuple[type, ...], Layout, Layout]]:
+    """(the records of the open fields, the layouts with them) for every combination."""
+    kinds: list[Any] = list(open_fields(arguments))
+    for chosen in itertools.product(*(kind.records for kind in kinds)):
+        which = dict(zip(kinds, chosen, strict=True))
+        yield chosen, Layout(arguments, which), Layout(results, which)
+
+
+def expand_record(record: Any, batch: Sequence[int]) -> Any:
+    """A record of tensors with every batch shape expanded to ``batch``."""
+    leaves = zip(record, Layout(type(record), {}).leaves, strict=True)
+    return type(record)(*(x.expand(*batch, *x.shape[x.dim() - f.core :]) for x, f in leaves))

@@ -1,0 +1,96 @@
+"""A symmetric T×T matrix in the form in which it arises: a gradient in M, or a direction of M."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..batch import Shape, add_outer_, broadcast, outer_to, sum_to, symmetric
+
+__all__ = ["RowMatrix"]
+
+Pair = tuple[Tensor, Tensor]
+
+
+class RowMatrix(NamedTuple):
+    """G = α I + Σ_k L_k R_kᵀ + H, or its symmetric part.
+
+    A row covariance takes from G what its own tensors need: products G X where M is a product of
+    thin factors, all of G where M is a matrix.
+    """
+
+    size: int  # T
+    scale: Tensor | None = None  # α, (*batch)
+    pairs: tuple[Pair, ...] = ()  # L_k and R_k, (*batch, T, r_k) each
+    whole: Tensor | None = None  # H, (*batch, T, T)
+    is_symmetric: bool = True  # what stands here; if not, the symmetric part is meant
+
+    @property
+    def batch(self) -> torch.Size:
+        parts = [X.shape[:-2] for pair in self.pairs for X in pair]
+        parts += [] if self.scale is None else [self.scale.shape]
+        parts += [] if self.whole is None else [self.whole.shape[:-2]]
+        return broadcast(*parts)
+
+    def apply(self, X: Tensor) -> Tensor:
+        """G X for X (*batch, T, k), in O(T r k) without H."""
+        terms = [L @ (R.mT @ X) for L, R in self.pairs]
+        if not self.is_symmetric:
+            terms = [0.5 * x for x in terms]
+            terms += [0.5 * (R @ (L.mT @ X)) for L, R in self.pairs]
+        if self.scale is not None:
+            terms.append(self.scale[..., None, None] * X)
+        if self.whole is not None:
+            terms.append((self.whole if self.is_symmetric else symmetric(self.whole)) @ X)
+        return sum(terms[1:], terms[0])
+
+    def trace(self) -> Tensor:
+        """(*batch)"""
+        terms = [(L * R).sum((-2, -1)) for L, R in self.pairs]
+        if self.scale is not None:
+            terms.append(self.size * self.scale)
+        if self.whole is not None:
+            terms.append(self.whole.diagonal(dim1=-2, dim2=-1).sum(-1))
+        return sum(terms[1:], terms[0])
+
+    def scaled(self, c: Tensor) -> RowMatrix:
+        """c G for c (*batch)."""
+        wide = c[..., None, None]
+        return self._replace(
+            scale=None if self.scale is None else c * self.scale,
+            pairs=tuple((wide * L, R) for L, R in self.pairs),
+            whole=None if self.whole is None else wide * self.whole,
+        )
+
+    def plus(self, other: RowMatrix) -> RowMatrix:
+        """G plus another symmetric matrix without H."""
+        scale = other.scale if self.scale is None else self.scale
+        if self.scale is not None and other.scale is not None:
+            scale = self.scale + other.scale
+        return self._replace(scale=scale, pairs=self.pairs + other.pairs)
+
+    def dense(self, to: Shape) -> Tensor:
+        """G as a matrix, its batch summed to the shape ``to``: (*to, T, T). H is used up."""
+        out = None if self.whole is None else sum_to(self.whole, to, 2)
+        for L, R in self._joined(to):
+            out = outer_to(L, R, to) if out is None else add_outer_(out, L, R)
+        if self.scale is not None:
+            diagonal = sum_to(self.scale, to, 0)[..., None]
+            if out is None:
+                out = torch.diag_embed(diagonal.expand(*to, self.size))
+            else:
+                out.diagonal(dim1=-2, dim2=-1).add_(diagonal)
+        assert out is not None
+        return out if self.is_symmetric else symmetric(out)
+
+    def _joined(self, to: Shape) -> list[Pair]:
+        """Thin pairs side by side: one pass over the result for all of them."""
+        if len(self.pairs) < 2 or sum(L.shape[-1] for L, _ in self.pairs) >= self.size:
+            return list(self.pairs)
+        if any(L.shape[:-2] != torch.Size(to) for L, _ in self.pairs):
+            return list(self.pairs)
+        pairs = [(L, R.expand(*L.shape[:-2], *R.shape[-2:])) for L, R in self.pairs]
+        lefts, rights = zip(*pairs, strict=True)
+        return [(torch.cat(lefts, -1), torch.cat(rights, -1))]
