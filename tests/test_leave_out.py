@@ -24,13 +24,14 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.distributions import Normal
 from torch.func import vmap
 
-from torch_kronlik import predict, reference, symmetric_eigen
+import torch_kronlik as tk
+from torch_kronlik import reference, symmetric_eigen
 
 Check = Callable[..., None]
 
 
 def structured(name: str) -> Callable[..., Tensors]:
-    f = getattr(predict, name)
+    f = getattr(tk, name)
 
     def call(p: Problem, **method: str) -> Tensors:
         result = f(p.Y, p.M, p.K, **p.noise, **method)
@@ -176,10 +177,10 @@ def test_constant_factor_by_its_eigenvalues(name: str, assert_close: Check) -> N
 @each_noise
 def test_row_left_out_is_the_posterior_without_it(noise: str, assert_close: Check) -> None:
     p = make_problem(5, 3, noise=noise)
-    mean, covariance = predict.leave_one_row_out(p.Y, p.M, p.K, **p.noise)
+    mean, covariance = tk.leave_one_row_out(p.Y, p.M, p.K, **p.noise)
     for t in range(5):
         rest = torch.arange(5) != t
-        post = predict.condition(
+        post = tk.condition(
             p.Y[rest], p.M[rest][:, rest], p.K, p.M[[t]][:, rest], p.M[[t], t], **p.noise
         )
         assert_close(mean[[t]], post.mean)
@@ -189,8 +190,8 @@ def test_row_left_out_is_the_posterior_without_it(noise: str, assert_close: Chec
 @each_noise
 def test_one_output_leaves_entries_and_rows_alike(noise: str, assert_close: Check) -> None:
     p = make_problem(6, 1, noise=noise)
-    mean, variance = predict.leave_one_out(p.Y, p.M, p.K, **p.noise)
-    row_mean, covariance = predict.leave_one_row_out(p.Y, p.M, p.K, **p.noise)
+    mean, variance = tk.leave_one_out(p.Y, p.M, p.K, **p.noise)
+    row_mean, covariance = tk.leave_one_row_out(p.Y, p.M, p.K, **p.noise)
     assert_close(row_mean, mean)
     assert_close(covariance[..., 0], variance)
 
@@ -199,7 +200,7 @@ def test_prediction_ignores_the_entry_it_predicts(assert_close: Check) -> None:
     p = make_problem(4, 3)
     moved = p.Y.clone()
     moved[2, 1] += 10
-    before, after = (predict.leave_one_out(Y, p.M, p.K, **p.noise)[0] for Y in (p.Y, moved))
+    before, after = (tk.leave_one_out(Y, p.M, p.K, **p.noise)[0] for Y in (p.Y, moved))
     assert_close(after[2, 1], before[2, 1], dims=0, floor=10.0)
     assert (after - before).abs().max() > 0.1
 
@@ -209,7 +210,7 @@ def test_noise_of_each_output_is_found_by_the_density_as_a_loss() -> None:
     Y = torch.randn(50, 3, dtype=torch.float64) * torch.tensor([0.5, 1.0, 2.0])
     M, K = torch.zeros(50, 50).double(), torch.eye(3).double()
     log_noise = Y.square().mean(0).log().requires_grad_()
-    loss = -predict.leave_one_out_log_prob(Y, M, K, log_noise=log_noise)
+    loss = -tk.leave_one_out_log_prob(Y, M, K, log_noise=log_noise)
     (slope,) = torch.autograd.grad(loss, log_noise)
     torch.testing.assert_close(slope, torch.zeros(3).double(), atol=1e-12, rtol=0)
 

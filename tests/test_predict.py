@@ -15,8 +15,7 @@ from scipy.stats import multivariate_normal
 from torch import Tensor
 from torch.autograd import grad
 
-from torch_kronlik import reference
-from torch_kronlik.predict import condition
+from torch_kronlik import condition, reference
 
 Check = Callable[..., None]
 Leaves = dict[str, Tensor]

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.func import vmap
 
-from torch_kronlik import reference
-from torch_kronlik.predict import KroneckerPosterior, condition
+from torch_kronlik import KroneckerPosterior, condition, reference
 
 # ---------------------------------------------------------------- derivatives
 

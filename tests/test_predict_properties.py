@@ -23,8 +23,13 @@ from test_predict import (
     moments,
 )
 
-from torch_kronlik import KroneckerPlusNoise, reference, symmetric_eigen
-from torch_kronlik.predict import KroneckerPosterior, condition
+from torch_kronlik import (
+    KroneckerPlusNoise,
+    KroneckerPosterior,
+    condition,
+    reference,
+    symmetric_eigen,
+)
 
 # ---------------------------------------------------------------- properties
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 
 import torch_kronlik as tk
-from torch_kronlik import likelihood, ops
+from torch_kronlik import ops
 from torch_kronlik.factor import plan
 from torch_kronlik.noise import make_noise
+from torch_kronlik.rules import small
 from torch_kronlik.rules.small import small_nll
 
 each_noise = pytest.mark.parametrize("noise", NOISES)
@@ -36,7 +37,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         made.append(args[-1])
         return small_nll(*args)
 
-    monkeypatch.setattr(likelihood, "small_nll", counted)
+    monkeypatch.setattr(small, "small_nll", counted)
     return made
 
 
@@ -158,7 +159,7 @@ def test_not_taken(calls: list[bool]) -> None:
     nll(p, method="cholesky")
     U = tk.KroneckerPlusNoise(p.M, p.K, **p.noise)
     U.logdet()
-    likelihood.gaussian_nll(U, p.Y)
+    U.nll(p.Y)
     assert calls == []
 
 

@@ -18,15 +18,15 @@ from torch_kronlik.linalg import (
     kron_solve,
 )
 from torch_kronlik.loss import KroneckerGaussianNLLLoss
-from torch_kronlik.predict import (
-    KroneckerPosterior,
-    condition,
+from torch_kronlik.predict import KroneckerPosterior
+from torch_kronlik.prediction import condition
+from torch_kronlik.rows import LowRankRoot, SymmetricEigen, symmetric_eigen
+from torch_kronlik.validation import (
     leave_one_out,
     leave_one_out_log_prob,
     leave_one_row_out,
     leave_one_row_out_log_prob,
 )
-from torch_kronlik.rows import LowRankRoot, SymmetricEigen, symmetric_eigen
 
 __all__ = [
     "Estimates",

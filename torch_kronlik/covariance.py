@@ -1,42 +1,23 @@
-"""The covariance U = M ⊗ K + I_T ⊗ Σ as an object, and the functions over it."""
+"""The covariance U = M ⊗ K + I_T ⊗ Σ as an object: the public face."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .autocast import full_precision
-from .batch import symmetric
-from .checks import (
-    check_broadcast,
-    check_data,
-    check_noise,
-    check_sample_shape,
-    check_square,
-    check_uniform,
-)
-from .factor.plan import check_method
-from .guards import finite
+from .checks import check_noise, check_sample_shape, check_square, check_uniform
 from .noise import make_noise
+from .predict import KroneckerPosterior, leave_out
 from .rows import RowCovariance, as_rows
-from .rules.common import Covariance, Factored
-from .rules.expansion import inverse_block_sum, inverse_blocks_diagonal
-from .rules.factorise import factorise, spectral
-from .rules.multiply import multiply
-from .rules.quad_logdet import quad_logdet
-from .rules.sample import root_matmul
-from .rules.solve import solve
+from .waist import Waist, check_method
 
 __all__ = ["KroneckerPlusNoise"]
 
-_Made = TypeVar("_Made")
 
-
-class KroneckerPlusNoise:
+class KroneckerPlusNoise(Waist):
     """The covariance U = M ⊗ K + I_T ⊗ Σ of a T×D matrix whose rows are stacked.
 
     It is factorised once, at the first operation that needs it; every later operation, derivatives
@@ -77,36 +58,14 @@ class KroneckerPlusNoise:
         log_noise: Tensor | None = None,
         method: str = "auto",
     ) -> None:
-        self.M, self.K, self.Sigma, self.log_noise = M, K, Sigma, log_noise
+        self.M, self.Sigma, self.log_noise = M, Sigma, log_noise
         rows = as_rows(M)
         check_uniform(**rows.named(), K=K, Sigma=Sigma, log_noise=log_noise)
         rows.check()
         check_square("K", K, "D")
         check_noise(K, Sigma, log_noise)
-        self._parts = Covariance(rows, K, make_noise(Sigma, log_noise))
-        self.batch_shape = check_broadcast(
-            M=rows.batch, K=K.shape[:-2], noise=self._parts.noise.batch
-        )
         check_method(method)
-        self._method = method
-        self._factorised: Factored | None = None
-        self._full: Factored | None = None
-        self._versions: list[int] = []
-
-    @property
-    def rows(self) -> Any:
-        """M as a row covariance."""
-        return self._parts.rows
-
-    @property
-    def noise(self) -> Any:
-        """Σ as a noise."""
-        return self._parts.noise
-
-    @property
-    def event_shape(self) -> torch.Size:
-        """(T, D)."""
-        return torch.Size(self._parts.shape)
+        super().__init__(rows, K, make_noise(Sigma, log_noise), method)
 
     @property
     def shape(self) -> torch.Size:
@@ -114,111 +73,49 @@ class KroneckerPlusNoise:
         n = self.event_shape.numel()
         return torch.Size((*self.batch_shape, n, n))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.K.dtype
+    def __repr__(self) -> str:
+        (noise,) = self.noise.named()
+        return (
+            f"{type(self).__name__}(shape={tuple(self.shape)}, T={self.event_shape[0]}, "
+            f"D={self.event_shape[1]}, noise={noise}, dtype={self.dtype}, device={self.device})"
+        )
 
-    @property
-    def device(self) -> torch.device:
-        return self.K.device
+    # --- linear algebra --------------------------------------------------------------------------
 
-    @property
-    def is_fresh(self) -> bool:
-        """Whether "auto" is free to choose and nothing is factorised yet."""
-        return self._method == "auto" and self._factorised is None
-
-    @property
-    def method_used(self) -> str:
-        """The route that "auto" stands for here; asking factorises."""
-        self._factorise()
-        return self._method
-
-    @full_precision
-    def _factorise(self) -> Factored:
-        made = self._factorised
-        if made is None:
-            versions = self._current_versions()
-            made, self._method = _outside_inference(partial(factorise, self._parts, self._method))
-            # Last, so that another thread finds all of it or nothing.
-            self._versions, self._factorised = versions, made
-        elif self._versions != self._current_versions():
-            raise RuntimeError(
-                "an argument of this KroneckerPlusNoise was changed in place after it was "
-                "factorised: make a new one"
-            )
-        return made
-
-    def _current_versions(self) -> list[int]:
-        """How often each argument was changed in place; nothing while a graph is traced."""
-        if torch.compiler.is_compiling():
-            return []
-        arguments = self._parts.named().values()
-        return [0 if x.is_inference() else x._version for x in arguments]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy is factorised anew, by the same route: its arguments are other tensors."""
-        return {**self.__dict__, "_factorised": None, "_full": None}
-
-    @full_precision
-    def _spectral(self) -> Factored:
-        """The factorisation in the full spectral form, which some operations need."""
-        U = self._factorise()
-        if self._method == "spectral":
-            return U
-        if self._full is None:
-            self._full = _outside_inference(partial(spectral, U))
-        return self._full
-
-    def _check_data(self, name: str, Y: Tensor) -> torch.Size:
-        check_uniform(**{"K": self.K, name: Y})
-        check_data(name, Y, (self.event_shape[0], self.event_shape[1]))
-        return check_broadcast(**{name: Y.shape[:-2], "U": self.batch_shape})
-
-    @full_precision
     def matmul(self, Y: Tensor) -> Tensor:
-        """U·Y = M Y K + Y Σ: (*batch, T, D), without a factorisation. Cost: O(T²·D + T·D²)."""
-        self._check_data("Y", Y)
-        out: Tensor = multiply(Y, self._parts)
-        return out
+        """U·Y = M Y Kᵀ + Y Σᵀ: (*batch, T, D), without a factorisation. Defined for any square M, K
+        and Σ, with the plain gradient. Cost: O(T²·D + T·D²)."""
+        self.check_data("Y", Y)
+        return self.multiply(Y)
 
-    @full_precision
     def solve(self, Y: Tensor) -> Tensor:
         """U⁻¹·Y: (*batch, T, D). Cost: O(T²·D + T·D²) after the factorisation."""
-        self._check_data("Y", Y)
-        out: Tensor = solve(Y, self._factorise(), None)
-        return out
+        self.check_data("Y", Y)
+        return self.inverse_matmul(Y)
 
-    @full_precision
     def logdet(self) -> Tensor:
         """log det U: (*batch)."""
-        out: Tensor = quad_logdet(None, self._factorise()).logdet
-        return out
+        return self.quad_logdet(None)[1]
 
-    @full_precision
     def inv_quad_logdet(self, Y: Tensor) -> tuple[Tensor, Tensor]:
         """(vec(Y)ᵀ U⁻¹ vec(Y), log det U), each (*batch), from one factorisation."""
-        batch = self._check_data("Y", Y)
-        made = quad_logdet(Y, self._factorise())
-        return made.inv_quad, made.logdet.expand(batch)
+        batch = self.check_data("Y", Y)
+        inv_quad, logdet = self.quad_logdet(Y)
+        return inv_quad, logdet.expand(batch)
 
-    @full_precision
     def inverse_block_diag_sum(self) -> Tensor:
         """B, the sum of the D×D diagonal blocks of U⁻¹ and the gradient of log det U in Σ:
         (*batch, D, D). Cost: O(T·D²) after the factorisation, O(T³) with derivatives."""
-        return self._finite(inverse_block_sum(self._spectral()))
+        return self.inverse_block_sum()
 
-    @full_precision
     def inverse_diagonal(self) -> Tensor:
         """diag(U⁻¹): (*batch, T, D). Cost: O(T²·D) after the factorisation, O(T³·D) with
         derivatives."""
-        return self._finite(inverse_blocks_diagonal(self._spectral()))
+        return self.finite(self.inverse_blocks_diagonal())
 
-    @full_precision
-    def diagonal(self) -> Tensor:
-        """diag(U), as (*batch, T, D): the variance of each entry."""
-        rows, K, noise = self._parts
-        signal = rows.diagonal()[..., :, None] * K.diagonal(dim1=-2, dim2=-1)[..., None, :]
-        return self._finite(signal + noise.diagonal()[..., None, :])
+    def to_dense(self) -> Tensor:
+        """U itself, (*batch, T·D, T·D): for small problems and for checking."""
+        return self.dense()
 
     @full_precision
     def sample(
@@ -233,33 +130,32 @@ class KroneckerPlusNoise:
         """
         check_sample_shape(sample_shape)
         shape = (*sample_shape, *self.batch_shape, *self.event_shape)
-        noise = torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
-        return self._finite(root_matmul(self._spectral(), noise))
+        white = torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
+        return self.finite(self.root_matmul(white))
 
-    @full_precision
-    def to_dense(self) -> Tensor:
-        """U itself, (*batch, T·D, T·D): for small problems and for checking."""
-        T, Sigma = self.event_shape[0], self.noise.matrix()
-        M, K = symmetric(self.rows.dense()), symmetric(self.K)
-        eye = torch.eye(T, dtype=self.dtype, device=self.device)
-        signal = M[..., :, None, :, None] * K[..., None, :, None, :]
-        U = signal + eye[:, None, :, None] * Sigma[..., None, :, None, :]
-        return self._finite(U.reshape(self.shape))
+    # --- data ------------------------------------------------------------------------------------
 
-    def _finite(self, result: Tensor) -> Tensor:
-        return finite(result, **self._parts.named())
+    def nll(self, Y: Tensor) -> Tensor:
+        """The negative log density of data Y (*batch, T, D), less their mean, under N(0, U), in
+        nats: (*batch). See :func:`kron_gaussian_nll`."""
+        return self.gaussian_nll(Y)
 
-    def __repr__(self) -> str:
-        (noise,) = self.noise.named()
-        return (
-            f"{type(self).__name__}(shape={tuple(self.shape)}, T={self.event_shape[0]}, "
-            f"D={self.event_shape[1]}, noise={noise}, dtype={self.dtype}, device={self.device})"
-        )
+    def condition(self, Y: Tensor, M_cross: Tensor, M_test: Tensor) -> KroneckerPosterior:
+        """The posterior at new rows, given data Y: see :func:`condition`."""
+        return KroneckerPosterior(self, Y, M_cross, M_test)
 
+    def leave_one_out(self, Y: Tensor) -> tuple[Tensor, Tensor]:
+        """Every entry of Y predicted from all its other entries: see :func:`leave_one_out`."""
+        return leave_out.entries(self, Y)
 
-def _outside_inference(make: Callable[[], _Made]) -> _Made:
-    """Inference tensors could not be used for gradients later."""
-    if torch.compiler.is_compiling():
-        return make()
-    with torch.inference_mode(False):
-        return make()
+    def leave_one_out_log_prob(self, Y: Tensor) -> Tensor:
+        """The log density of these predictions: see :func:`leave_one_out_log_prob`."""
+        return leave_out.entries_log_prob(self, Y)
+
+    def leave_one_row_out(self, Y: Tensor) -> tuple[Tensor, Tensor]:
+        """Every row of Y predicted from all its other rows: see :func:`leave_one_row_out`."""
+        return leave_out.rows(self, Y)
+
+    def leave_one_row_out_log_prob(self, Y: Tensor) -> Tensor:
+        """The log density of these predictions: see :func:`leave_one_row_out_log_prob`."""
+        return leave_out.rows_log_prob(self, Y)

@@ -15,11 +15,8 @@ from .autocast import full_precision
 from .checks import check_broadcast, check_data, check_uniform
 from .covariance import KroneckerPlusNoise
 from .errors import raise_if_not_finite
-from .likelihood import gaussian_nll
 from .records import expand_record
 from .rows import RowCovariance
-from .rules.expansion import inverse_trace
-from .rules.sample import root_matmul
 
 __all__ = ["KroneckerNormal"]
 
@@ -174,7 +171,7 @@ class KroneckerNormal(Distribution):
         check_data("value", value, _pair(self.event_shape))
         check_broadcast(value=value.shape[:-2], batch_shape=self.batch_shape)
         return -_diagnosed(
-            lambda: gaussian_nll(self._covariance, value - self.loc), value=value, loc=self.loc
+            lambda: self._covariance.nll(value - self.loc), value=value, loc=self.loc
         )
 
     @full_precision
@@ -183,7 +180,7 @@ class KroneckerNormal(Distribution):
         :meth:`KroneckerPlusNoise.sample`."""
         shape = self._extended_shape(sample_shape)
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        return self.loc + root_matmul(self._covariance._spectral(), noise)
+        return self.loc + self._covariance.root_matmul(noise)
 
     @full_precision
     def entropy(self) -> Tensor:
@@ -213,7 +210,7 @@ def _kl_kronecker_normal(p: KroneckerNormal, q: KroneckerNormal) -> Tensor:
     check_uniform(p=p.loc, q=q.loc)
     check_broadcast(p=p.batch_shape, q=q.batch_shape)
     U_p, U_q = p._covariance, q._covariance
-    signal = inverse_trace(U_q._spectral(), U_p.rows.dense(), U_p.K)
+    signal = U_q.inverse_trace(U_p.rows.dense(), U_p.K)
     noise = (U_q.inverse_block_diag_sum() * U_p.noise.matrix()).sum((-2, -1))
     inv_quad, logdet = _diagnosed(
         lambda: U_q.inv_quad_logdet(q.loc - p.loc), **{"p.loc": p.loc, "q.loc": q.loc}

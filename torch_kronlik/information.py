@@ -22,9 +22,6 @@ from .batch import sum_to, symmetric
 from .covariance import KroneckerPlusNoise
 from .distribution import KroneckerNormal
 from .estimates import Information, leaves_of, rebuild
-from .likelihood import gaussian_nll
-from .rules.common import Factored
-from .rules.solve import solve
 
 __all__ = ["fisher_information", "observed_information"]
 
@@ -94,7 +91,7 @@ def fisher_information(
     U, loc = _parts(likelihood)
     moved = [_tangents(X, leaves) for X in (*_factors(U), loc)]
     with torch.no_grad():
-        matrix = _expected(U._spectral(), likelihood.batch_shape, moved, _size(leaves))
+        matrix = _expected(U, likelihood.batch_shape, moved, _size(leaves))
     return _information(matrix, point, likelihood)
 
 
@@ -130,7 +127,7 @@ def observed_information(
     """
     point, leaves, likelihood = _evaluate(model, params, inputs)
     U, loc = _parts(likelihood)
-    nll = gaussian_nll(U, Y if loc is None else Y - loc).sum()
+    nll = U.nll(Y if loc is None else Y - loc).sum()
     gradient = _flat(_grad(nll, leaves, create_graph=True), leaves)
     rows = [_flat(_grad(g, leaves, retain_graph=True), leaves) for g in gradient]
     return _information(symmetric(torch.stack(rows)), point, likelihood)
@@ -222,10 +219,12 @@ def _tangents(X: Tensor | None, leaves: Sequence[Tensor]) -> Moved | None:
 # --- the expected information --------------------------------------------------------------------
 
 
-def _expected(U: Factored, batch: torch.Size, moved: Sequence[Moved | None], size: int) -> Tensor:
+def _expected(
+    U: KroneckerPlusNoise, batch: torch.Size, moved: Sequence[Moved | None], size: int
+) -> Tensor:
     """F, from the derivatives of (M, K, the noise's own tensor, mean)."""
-    f = U.factor
-    W = f.weights().expand(*batch, *U.shape)
+    f = U.spectral_form()
+    W = f.weights().expand(*batch, *U.event_shape)
     s, lam = f.s[..., :, None], f.lam[..., None, :]
     sW, W2 = s * W, W.square()
     M, K, Sigma, mean = _in_basis(U, moved, len(batch))
@@ -239,16 +238,18 @@ def _expected(U: Factored, batch: torch.Size, moved: Sequence[Moved | None], siz
     F = 0.5 * F
     if mean is not None:
         which, d = mean
-        A = solve(d, U, None)
+        A = U.inverse_matmul(d)
         F[_grid(which, which)] += d.flatten(1) @ A.flatten(1).mT
     return symmetric(F)
 
 
-def _in_basis(U: Factored, moved: Sequence[Moved | None], rank: int) -> list[Moved | None]:
+def _in_basis(
+    U: KroneckerPlusNoise, moved: Sequence[Moved | None], rank: int
+) -> list[Moved | None]:
     """(M̂, K̂, Σ̂) and the mean's; every one with ``rank`` batch dimensions."""
     M, K, own, mean = moved
     Sigma = own and (own[0], U.noise.tangent(type(U.noise)(own[1])))
-    f = U.factor
+    f = U.spectral_form()
     rotated = [
         X and (X[0], B.mT @ symmetric(_padded(X[1], rank)) @ B)
         for X, B in ((M, f.P), (K, f.R), (Sigma, f.R))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
 from .autocast import full_precision
 from .covariance import KroneckerPlusNoise
 from .rows import RowCovariance
-from .rules.small import is_small, small_nll
 
-__all__ = ["gaussian_nll", "kron_gaussian_nll"]
+__all__ = ["kron_gaussian_nll"]
 
 
 @full_precision
@@ -60,19 +56,4 @@ def kron_gaussian_nll(
     >>> kron_gaussian_nll(Y, M, K, log_noise=torch.zeros(2))
     tensor(7.5931)
     """
-    return gaussian_nll(
-        KroneckerPlusNoise(M, K, Sigma=Sigma, log_noise=log_noise, method=method), Y
-    )
-
-
-@full_precision
-def gaussian_nll(U: KroneckerPlusNoise, Y: Tensor) -> Tensor:
-    """The same over a covariance that may be factorised already."""
-    batch = U._check_data("Y", Y)
-    if U.is_fresh and is_small(U._parts, batch):
-        rows, K, noise = U._parts
-        needed = torch.is_grad_enabled() and any(x.requires_grad for x in (Y, *rows, K, *noise))
-        value: Tensor = small_nll(Y, rows.M, K, noise, needed).nll
-        return value
-    inv_quad, logdet = U.inv_quad_logdet(Y)
-    return 0.5 * (inv_quad + logdet + U.event_shape.numel() * math.log(2 * math.pi))
+    return KroneckerPlusNoise(M, K, Sigma=Sigma, log_noise=log_noise, method=method).nll(Y)

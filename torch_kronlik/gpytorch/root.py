@@ -8,7 +8,6 @@ import torch
 from linear_operator.operators import LinearOperator, MatmulLinearOperator
 from torch import Tensor
 
-from ..rules.sample import root_matmul
 from .base import over_columns
 
 __all__ = ["KroneckerPlusNoiseRoot"]
@@ -51,13 +50,13 @@ class KroneckerPlusNoiseRoot(LinearOperator):  # type: ignore[misc]
         U = self._U.covariance
         if self._transposed:
             return self._transposed_root(U.solve(X) if self._inverse else X)
-        root = root_matmul(U._spectral(), X)
+        root: Tensor = U.root_matmul(X)
         return U.solve(root) if self._inverse else root
 
     def _transposed_root(self, X: Tensor) -> Tensor:
         """Fᵀ·X = V·(X L), with V·Z = (F·Z) L⁻ᵀ."""
         U = self._U.covariance
-        root = root_matmul(U._spectral(), U.noise.root_transposed_matmul(X))
+        root = U.root_matmul(U.noise.root_transposed_matmul(X))
         V: Tensor = U.noise.root_solve_transposed(root)
         return V
 

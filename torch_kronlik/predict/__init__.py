@@ -1,19 +1,6 @@
-"""Prediction at new rows, and validation by leaving data out."""
+"""Prediction at new rows, and validation by leaving data out, on the waist alone."""
 
-from .condition import condition
-from .leave_out import (
-    leave_one_out,
-    leave_one_out_log_prob,
-    leave_one_row_out,
-    leave_one_row_out_log_prob,
-)
+from . import leave_out
 from .posterior import KroneckerPosterior
 
-__all__ = [
-    "KroneckerPosterior",
-    "condition",
-    "leave_one_out",
-    "leave_one_out_log_prob",
-    "leave_one_row_out",
-    "leave_one_row_out_log_prob",
-]
+__all__ = ["KroneckerPosterior", "leave_out"]

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..covariance import KroneckerPlusNoise
 from ..guards import finite
-from ..rules.factorise import eigen
-from ..rules.posterior import sqrt_matmul
-from ..rules.sample import root_matmul
+from ..rows import as_rows
+from ..waist import MatrixRoot, Waist
 
 __all__ = ["JointPrior"]
 
@@ -23,28 +21,25 @@ class JointPrior:
         M_test: (*batch, S, S).
     """
 
-    def __init__(self, U: KroneckerPlusNoise, M_cross: Tensor, M_test: Tensor) -> None:
-        U._factorise()  # names what is not finite in M, K and the noise
+    def __init__(self, U: Waist, M_cross: Tensor, M_test: Tensor) -> None:
+        U.method_used  # noqa: B018  factorises: names what is not finite in M, K and the noise
         # It is kept, so it needs a graph whatever the grad mode, and one with nothing to be freed.
         with torch.enable_grad():
             self.M = _join(U.rows.dense(), M_cross, M_test)
         finite(self.M.detach(), M_cross=M_cross, M_test=M_test)
-        self.covariance = KroneckerPlusNoise(self.M, U.K, **U.noise.named())
-        self._eigen: tuple[Tensor, Tensor] | None = None
+        self.covariance = Waist(as_rows(self.M), U.K, U.noise, "auto")
+        self._root: MatrixRoot | None = None
 
     def latent(self, white: Tensor) -> Tensor:
         """M^½ ε K^½ for standard normal ε (*batch, T + S, D): a draw of f."""
-        if self._eigen is None:
-            self._eigen = eigen(self.M)
-        s, P = self._eigen
-        rows = sqrt_matmul(self.M, s, P, white, "[M, M_cross^T; M_cross, M_test]")
-        K = self.covariance.K
-        s, P = eigen(K)
-        return sqrt_matmul(K, s, P, rows.mT, "K").mT
+        if self._root is None:
+            self._root = MatrixRoot(self.M, "[M, M_cross^T; M_cross, M_test]")
+        rows = self._root.matmul(white)
+        return MatrixRoot(self.covariance.K, "K").matmul(rows.mT).mT
 
     def observations(self, white: Tensor) -> Tensor:
         """The same with noise: a smooth function of M, K and Σ where these are singular too."""
-        return root_matmul(self.covariance._spectral(), white)
+        return self.covariance.root_matmul(white)
 
 
 def _join(M: Tensor, M_cross: Tensor, M_test: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Validation without refitting: every entry, or every row, predicted from all the others."""
+"""Validation without refitting: every entry, or every row, predicted from all the others.
+
+Functions of a covariance that may be factorised already; ``validation.py`` has the public ones.
+"""
 
 from __future__ import annotations
 
@@ -9,141 +12,37 @@ from torch import Tensor
 
 from ..autocast import full_precision
 from ..batch import symmetric
-from ..covariance import KroneckerPlusNoise
-from ..rows import RowCovariance
-from ..rules.expansion import inverse_blocks
+from ..waist import Waist
 
-__all__ = [
-    "leave_one_out",
-    "leave_one_out_log_prob",
-    "leave_one_row_out",
-    "leave_one_row_out_log_prob",
-]
+__all__ = ["entries", "entries_log_prob", "rows", "rows_log_prob"]
 
 LOG_2PI = math.log(2 * math.pi)
 
 
 @full_precision
-def leave_one_out(
-    Y: Tensor,
-    M: RowCovariance,
-    K: Tensor,
-    *,
-    Sigma: Tensor | None = None,
-    log_noise: Tensor | None = None,
-    method: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Predict every entry of Y from all its other entries, with covariance U = M ⊗ K + I_T ⊗ Σ.
+def entries(U: Waist, Y: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, variance) of every entry given all others, each (*batch, T, D).
 
-    ``mean y − [U⁻¹y] / diag(U⁻¹), variance 1 / diag(U⁻¹)``, noise included, from one factorisation
-
-    Args:
-        Y: (*batch, T, D), the data, less their mean.
-        M: (*batch, T, T) symmetric positive semidefinite, or a constant :class:`SymmetricEigen`.
-        K: (*batch, D, D) symmetric positive semidefinite.
-        Sigma: (*batch, D, D) symmetric positive definite noise covariance; or
-        log_noise: (*batch, D), logarithms of the noise variances.
-        method: see :class:`KroneckerPlusNoise`.
-
-    Returns:
-        (mean, variance), each (*batch, T, D)
-
-    Raises:
-        TypeError, ValueError: an argument does not fit, or is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
-
-    Derivatives: first and second, in every mode of PyTorch.
-    Cost: O(T³ + D³ + T²·D), with derivatives O(T³·D); memory O(T² + T·D²). Source: Rasmussen &
-    Williams 2006, section 5.4.2.
-
-    >>> import torch
-    >>> Y, M, K = torch.tensor([[1.0], [3.0]]), torch.ones(2, 2), torch.eye(1)
-    >>> leave_one_out(Y, M, K, log_noise=torch.zeros(1))
-    (tensor([[1.5000], [0.5000]]), tensor([[1.5000], [1.5000]]))
+    ``y − [U⁻¹y] / diag(U⁻¹)`` and ``1 / diag(U⁻¹)``
     """
-    U = _covariance(M, K, Sigma, log_noise, method)
     A, precision = _entries(U, Y)
     return Y - A / precision, (1 / precision).expand_as(A)
 
 
 @full_precision
-def leave_one_out_log_prob(
-    Y: Tensor,
-    M: RowCovariance,
-    K: Tensor,
-    *,
-    Sigma: Tensor | None = None,
-    log_noise: Tensor | None = None,
-    method: str = "auto",
-) -> Tensor:
-    """Log density of every entry of Y under its prediction from all other entries, summed.
-
-    ``Σ_td log N(Y_td; mean_td, variance_td)`` with mean and variance of :func:`leave_one_out`: the
-    leave-one-out log predictive density. Its negative is a loss for M, K and the noise that
-    rewards prediction, and is robust where the model is wrong.
-
-    Args:
-        Y, M, K, Sigma, log_noise, method: see :func:`leave_one_out`.
-
-    Returns:
-        (*batch), in nats, the total over T and D.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit, or is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
-
-    Derivatives: first and second, in every mode of PyTorch.
-    Cost: O(T³ + D³ + T²·D), with derivatives O(T³·D); memory O(T² + T·D²). Source: Rasmussen &
-    Williams 2006, section 5.4.2; Sundararajan & Keerthi 2001.
-
-    >>> import torch
-    >>> Y, M, K = torch.tensor([[1.0], [3.0]]), torch.ones(2, 2), torch.eye(1)
-    >>> leave_one_out_log_prob(Y, M, K, log_noise=torch.zeros(1))
-    tensor(-4.4100)
-    """
-    U = _covariance(M, K, Sigma, log_noise, method)
+def entries_log_prob(U: Waist, Y: Tensor) -> Tensor:
+    """The log density of every entry under :func:`entries`, summed: (*batch)."""
     A, precision = _entries(U, Y)
     terms = A.square() / precision - precision.log()
     return -0.5 * (terms.sum((-2, -1)) + U.event_shape.numel() * LOG_2PI)
 
 
 @full_precision
-def leave_one_row_out(
-    Y: Tensor,
-    M: RowCovariance,
-    K: Tensor,
-    *,
-    Sigma: Tensor | None = None,
-    log_noise: Tensor | None = None,
-    method: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Predict every row of Y from all its other rows, with covariance U = M ⊗ K + I_T ⊗ Σ.
+def rows(U: Waist, Y: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean (*batch, T, D), covariance (*batch, T, D, D)) of every row given all others.
 
-    ``mean y_t − (U⁻¹_tt)⁻¹ [U⁻¹y]_t, covariance (U⁻¹_tt)⁻¹``, U⁻¹_tt the t-th D×D diagonal block;
-    noise included, from one factorisation
-
-    Args:
-        Y, M, K, Sigma, log_noise, method: see :func:`leave_one_out`.
-
-    Returns:
-        (mean (*batch, T, D), covariance (*batch, T, D, D))
-
-    Raises:
-        TypeError, ValueError: an argument does not fit, or is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
-
-    Derivatives: first and second, in every mode of PyTorch.
-    Cost: O(T³ + T²·D + T·D³), with derivatives O(T³·D + T·D³); memory O(T² + T·D²). Source:
-    Rasmussen & Williams 2006, section 5.4.2, by blocks.
-
-    >>> import torch
-    >>> Y, M, K = torch.tensor([[1.0], [3.0]]), torch.ones(2, 2), torch.eye(1)
-    >>> mean, covariance = leave_one_row_out(Y, M, K, log_noise=torch.zeros(1))
-    >>> mean
-    tensor([[1.5000],
-            [0.5000]])
+    ``y_t − (U⁻¹_tt)⁻¹ [U⁻¹y]_t`` and ``(U⁻¹_tt)⁻¹``
     """
-    U = _covariance(M, K, Sigma, log_noise, method)
     A, G = _rows(U, Y)
     eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device).expand_as(G)
     covariance = symmetric(torch.cholesky_solve(eye, G))
@@ -152,39 +51,8 @@ def leave_one_row_out(
 
 
 @full_precision
-def leave_one_row_out_log_prob(
-    Y: Tensor,
-    M: RowCovariance,
-    K: Tensor,
-    *,
-    Sigma: Tensor | None = None,
-    log_noise: Tensor | None = None,
-    method: str = "auto",
-) -> Tensor:
-    """Log density of every row of Y under its prediction from all other rows, summed.
-
-    ``Σ_t log N(Y_t; mean_t, covariance_t)`` with mean and covariance of :func:`leave_one_row_out`
-
-    Args:
-        Y, M, K, Sigma, log_noise, method: see :func:`leave_one_out`.
-
-    Returns:
-        (*batch), in nats, the total over T and D.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit, or is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
-
-    Derivatives: first and second, in every mode of PyTorch.
-    Cost: O(T³ + T²·D + T·D³), with derivatives O(T³·D + T·D³); memory O(T² + T·D²). Source:
-    Rasmussen & Williams 2006, section 5.4.2, by blocks.
-
-    >>> import torch
-    >>> Y, M, K = torch.tensor([[1.0], [3.0]]), torch.ones(2, 2), torch.eye(1)
-    >>> leave_one_row_out_log_prob(Y, M, K, log_noise=torch.zeros(1))
-    tensor(-4.4100)
-    """
-    U = _covariance(M, K, Sigma, log_noise, method)
+def rows_log_prob(U: Waist, Y: Tensor) -> Tensor:
+    """The log density of every row under :func:`rows`, summed: (*batch)."""
     A, G = _rows(U, Y)
     white = torch.linalg.solve_triangular(G, A[..., None], upper=False)
     logdet = 2 * G.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
@@ -192,25 +60,15 @@ def leave_one_row_out_log_prob(
     return -0.5 * density
 
 
-def _covariance(
-    M: RowCovariance,
-    K: Tensor,
-    Sigma: Tensor | None,
-    log_noise: Tensor | None,
-    method: str,
-) -> KroneckerPlusNoise:
-    """U; "auto" is the spectral form, which the diagonal blocks of U⁻¹ need in any case."""
-    method = "spectral" if method == "auto" else method
-    return KroneckerPlusNoise(M, K, Sigma=Sigma, log_noise=log_noise, method=method)
-
-
-def _entries(U: KroneckerPlusNoise, Y: Tensor) -> tuple[Tensor, Tensor]:
+def _entries(U: Waist, Y: Tensor) -> tuple[Tensor, Tensor]:
     """U⁻¹·Y and diag(U⁻¹)."""
-    return U.solve(Y), U.inverse_diagonal()
+    U.check_data("Y", Y)
+    return U.inverse_matmul(Y), U.finite(U.inverse_blocks_diagonal())
 
 
-def _rows(U: KroneckerPlusNoise, Y: Tensor) -> tuple[Tensor, Tensor]:
+def _rows(U: Waist, Y: Tensor) -> tuple[Tensor, Tensor]:
     """U⁻¹·Y and the Cholesky factors of the diagonal blocks of U⁻¹."""
-    A = U.solve(Y)
+    U.check_data("Y", Y)
+    A = U.inverse_matmul(Y)
     eye = torch.eye(A.shape[-2], dtype=A.dtype, device=A.device)
-    return A, torch.linalg.cholesky(symmetric(inverse_blocks(U._spectral(), eye)))
+    return A, torch.linalg.cholesky(symmetric(U.inverse_blocks(eye)))

@@ -11,11 +11,8 @@ from torch import Tensor
 from ..autocast import full_precision
 from ..batch import symmetric
 from ..checks import check_broadcast, check_sample_shape, check_uniform
-from ..covariance import KroneckerPlusNoise
 from ..guards import finite
-from ..likelihood import gaussian_nll
-from ..rules.expansion import inverse_blocks
-from ..rules.posterior import inverse_pairs
+from ..waist import Waist
 from .joint import JointPrior
 
 __all__ = ["KroneckerPosterior"]
@@ -56,16 +53,17 @@ class KroneckerPosterior:
     Cost: after the factorisation O(T²·D + T·S·D) for the mean, O(T²·S + T·S·D + S·D³) for the
     variances; memory O(T² + S·T + S·D²).
 
-    >>> U = KroneckerPlusNoise(torch.eye(2), torch.eye(1), log_noise=torch.zeros(1))
+    >>> import torch_kronlik as tk
+    >>> U = tk.KroneckerPlusNoise(torch.eye(2), torch.eye(1), log_noise=torch.zeros(1))
     >>> posterior = KroneckerPosterior(U, torch.ones(2, 1), torch.eye(1, 2), torch.ones(1))
     >>> posterior.mean, posterior.variance
     (tensor([[0.5000]]), tensor([[0.5000]]))
     """
 
     @full_precision
-    def __init__(self, U: KroneckerPlusNoise, Y: Tensor, M_cross: Tensor, M_test: Tensor) -> None:
+    def __init__(self, U: Waist, Y: Tensor, M_cross: Tensor, M_test: Tensor) -> None:
         self.U, self.Y, self.M_cross, self.M_test = U, Y, M_cross, M_test
-        batch = U._check_data("Y", Y)
+        batch = U.check_data("Y", Y)
         check_uniform(K=U.K, M_cross=M_cross, M_test=M_test)
         T, D = U.event_shape
         if M_cross.dim() < 2 or M_cross.shape[-1] != T:
@@ -115,7 +113,7 @@ class KroneckerPosterior:
         """
         K = symmetric(self.U.K)[..., None, :, :]
         prior = self.M_test.diagonal(dim1=-2, dim2=-1) if self._full else self.M_test
-        explained = K @ inverse_blocks(self.U._spectral(), self.M_cross) @ K
+        explained = K @ self.U.inverse_blocks(self.M_cross) @ K
         out = prior[..., None, None] * K - explained
         return self._expand(finite(out, M_cross=self.M_cross, M_test=self.M_test), 3)
 
@@ -128,7 +126,7 @@ class KroneckerPosterior:
         numbers more.
         """
         M_test, K = symmetric(self._full_test("covariance_matrix")), symmetric(self.U.K)
-        pairs = inverse_pairs(self.U._spectral(), self.M_cross)
+        pairs = self.U.inverse_pairs(self.M_cross)
         explained = torch.einsum("...ad,...sdue,...eb->...saub", K, pairs, K)
         out = M_test[..., :, None, :, None] * K[..., None, :, None, :] - explained
         out = finite(out, M_cross=self.M_cross, M_test=M_test)
@@ -203,7 +201,7 @@ class KroneckerPosterior:
 
     def _krige(self, Y: Tensor) -> Tensor:
         """M_* U⁻¹·Y K."""
-        mean: Tensor = self.M_cross @ self.U.solve(Y) @ symmetric(self.U.K)
+        mean: Tensor = self.M_cross @ self.U.inverse_matmul(Y) @ symmetric(self.U.K)
         return mean
 
     def _expand(self, x: Tensor, core: int) -> Tensor:
@@ -243,7 +241,7 @@ class KroneckerPosterior:
         joint = self._joint("log_prob").covariance
         batch = torch.broadcast_shapes(self.Y.shape[:-2], Y_test.shape[:-2])
         both = [Y.expand(*batch, *Y.shape[-2:]) for Y in (self.Y, Y_test)]
-        out = gaussian_nll(self.U, self.Y) - gaussian_nll(joint, torch.cat(both, -2))
+        out = self.U.gaussian_nll(self.Y) - joint.gaussian_nll(torch.cat(both, -2))
         density: Tensor = out.expand(torch.broadcast_shapes(self.batch_shape, batch))
         return density
 

@@ -9,8 +9,9 @@ from ..derivatives import define_flat, may_be_differentiated, register
 from ..errors import LinAlgError, batch_element
 from .common import Factored
 from .expansion import Expansion, expand, moved, vanishing_sum
+from .factorise import eigen
 
-__all__ = ["inverse_pairs", "sqrt_matmul"]
+__all__ = ["MatrixRoot", "inverse_pairs"]
 
 
 # --- the whole of (F ⊗ I) U⁻¹ (F ⊗ I)ᵀ -----------------------------------------------------------
@@ -93,3 +94,20 @@ def sqrt_matmul(M: Tensor, s: Tensor, P: Tensor, E: Tensor, what: str) -> Tensor
         Z = Z + vanishing_sum([X], 1, "a posterior sample")[..., None, None]
     out: Tensor = P @ Z
     return out
+
+
+class MatrixRoot:
+    """The symmetric root of a positive semidefinite matrix X, diagonalised once.
+
+    Args:
+        X: (*batch, n, n).
+        what: the name of X in an error.
+    """
+
+    def __init__(self, X: Tensor, what: str) -> None:
+        self.X, self.what = X, what
+        self.s, self.P = eigen(X)
+
+    def matmul(self, E: Tensor) -> Tensor:
+        """X^½ E."""
+        return sqrt_matmul(self.X, self.s, self.P, E, self.what)

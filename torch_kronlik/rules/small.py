@@ -32,7 +32,7 @@ from .quad_logdet import (
     quad_logdet,
 )
 
-__all__ = ["is_small", "small_nll"]
+__all__ = ["is_small", "small_likelihood", "small_nll"]
 
 
 class Arguments(NamedTuple):
@@ -130,3 +130,11 @@ def is_small(parts: Covariance, batch: torch.Size) -> bool:
         and parts.rows.batch == batch
         and is_plain_eager()
     )
+
+
+def small_likelihood(Y: Tensor, parts: Covariance) -> Tensor:
+    """−log N(vec Y; 0, U) where :func:`is_small` says that one native call serves."""
+    M, K, noise = parts.rows.M, parts.K, parts.noise
+    needed = torch.is_grad_enabled() and any(x.requires_grad for x in (Y, M, K, *noise))
+    value: Tensor = small_nll(Y, M, K, noise, needed).nll
+    return value

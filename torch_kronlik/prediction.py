@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..covariance import KroneckerPlusNoise
-from ..rows import RowCovariance
-from .posterior import KroneckerPosterior
+from .covariance import KroneckerPlusNoise
+from .predict import KroneckerPosterior
+from .rows import RowCovariance
 
 __all__ = ["condition"]
 
@@ -42,7 +42,7 @@ def condition(
         KroneckerPosterior, which computes what is asked of it: ``mean``, ``variance``,
         ``observation_variance``, ``row_covariance``, ``covariance_matrix``, ``rsample``,
         ``log_prob``. Where U = KroneckerPlusNoise(M, K, …) exists already,
-        ``KroneckerPosterior(U, Y, M_cross, M_test)`` uses its factorisation.
+        ``U.condition(Y, M_cross, M_test)`` uses its factorisation.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or is not finite.
@@ -62,4 +62,4 @@ def condition(
             [0.0000, 0.5000]])
     """
     U = KroneckerPlusNoise(M, K, Sigma=Sigma, log_noise=log_noise, method=method)
-    return KroneckerPosterior(U, Y, M_cross, M_test)
+    return U.condition(Y, M_cross, M_test)

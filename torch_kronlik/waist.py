@@ -1,0 +1,210 @@
+"""The narrow waist: everything that anybody asks of U and of U⁻¹.
+
+What is below (``rows``, ``noise``, ``factor``, ``rules``) is reached through this class alone by
+what is above: prediction, validation, distributions, information, the adapters for other libraries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import rules
+from .autocast import full_precision
+from .batch import symmetric
+from .checks import check_broadcast, check_data, check_uniform
+from .guards import finite
+from .rules import Covariance, Factored, MatrixRoot, check_method
+
+__all__ = ["MatrixRoot", "Waist", "check_method"]
+
+_Made = TypeVar("_Made")
+
+
+class Waist:
+    """U = M ⊗ K + I_T ⊗ Σ, factorised once, at the first operation that needs it.
+
+    Args:
+        rows: M as a row covariance, see :mod:`.rows`.
+        K: (*batch, D, D).
+        noise: Σ as a noise, see :mod:`.noise`.
+        method: of the routes, checked already.
+    """
+
+    def __init__(self, rows: Any, K: Tensor, noise: Any, method: str) -> None:
+        self.rows, self.K, self.noise = rows, K, noise
+        self.batch_shape = check_broadcast(M=rows.batch, K=K.shape[:-2], noise=noise.batch)
+        self._parts = Covariance(rows, K, noise)
+        self._method = method
+        self._factorised: Factored | None = None
+        self._full: Factored | None = None
+        self._versions: list[int] = []
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """(T, D)."""
+        return torch.Size(self._parts.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.K.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.K.device
+
+    # --- the factorisation -----------------------------------------------------------------------
+
+    @property
+    def method_used(self) -> str:
+        """The route that "auto" stands for here; asking factorises."""
+        self._factorise()
+        return self._method
+
+    @full_precision
+    def _factorise(self) -> Factored:
+        made = self._factorised
+        if made is None:
+            versions = self._current_versions()
+            make = partial(rules.factorise, self._parts, self._method)
+            made, self._method = _outside_inference(make)
+            # Last, so that another thread finds all of it or nothing.
+            self._versions, self._factorised = versions, made
+        elif self._versions != self._current_versions():
+            raise RuntimeError(
+                f"an argument of this {type(self).__name__} was changed in place after it was "
+                "factorised: make a new one"
+            )
+        return made
+
+    def _current_versions(self) -> list[int]:
+        """How often each argument was changed in place; nothing while a graph is traced."""
+        if torch.compiler.is_compiling():
+            return []
+        arguments = self._parts.named().values()
+        return [0 if x.is_inference() else x._version for x in arguments]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is factorised anew, by the same route: its arguments are other tensors."""
+        return {**self.__dict__, "_factorised": None, "_full": None}
+
+    @full_precision
+    def _spectral(self) -> Factored:
+        """The factorisation in the full spectral form, which some operations need."""
+        U = self._factorise()
+        if self._method == "spectral":
+            return U
+        if self._full is None:
+            self._full = _outside_inference(partial(rules.spectral, U))
+        return self._full
+
+    # --- checks ----------------------------------------------------------------------------------
+
+    def check_data(self, name: str, Y: Tensor) -> torch.Size:
+        """The joint batch shape of U and data Y (*batch, T, D), which have to fit."""
+        check_uniform(**{"K": self.K, name: Y})
+        check_data(name, Y, (self.event_shape[0], self.event_shape[1]))
+        return check_broadcast(**{name: Y.shape[:-2], "U": self.batch_shape})
+
+    def finite(self, result: Tensor) -> Tensor:
+        """``result``, after a check that it is finite; if not, the argument at fault is named."""
+        return finite(result, **self._parts.named())
+
+    # --- U ---------------------------------------------------------------------------------------
+
+    @full_precision
+    def multiply(self, Y: Tensor) -> Tensor:
+        """U·Y, for M, K and Σ as they stand."""
+        out: Tensor = rules.multiply(Y, self._parts)
+        return out
+
+    @full_precision
+    def diagonal(self) -> Tensor:
+        """diag(U), as (*batch, T, D): the variance of each entry."""
+        rows, K, noise = self._parts
+        signal = rows.diagonal()[..., :, None] * K.diagonal(dim1=-2, dim2=-1)[..., None, :]
+        return self.finite(signal + noise.diagonal()[..., None, :])
+
+    @full_precision
+    def dense(self) -> Tensor:
+        """U as a matrix, (*batch, T·D, T·D)."""
+        T, n, Sigma = self.event_shape[0], self.event_shape.numel(), self.noise.matrix()
+        M, K = symmetric(self.rows.dense()), symmetric(self.K)
+        eye = torch.eye(T, dtype=self.dtype, device=self.device)
+        signal = M[..., :, None, :, None] * K[..., None, :, None, :]
+        U = signal + eye[:, None, :, None] * Sigma[..., None, :, None, :]
+        return self.finite(U.reshape(*self.batch_shape, n, n))
+
+    @full_precision
+    def root_matmul(self, E: Tensor) -> Tensor:
+        """F·E with U = F Fᵀ, smooth in M, K and Σ: for standard normal E a draw."""
+        return rules.root_matmul(self._spectral(), E)
+
+    # --- the functionals of U⁻¹ ------------------------------------------------------------------
+
+    @full_precision
+    def inverse_matmul(self, Y: Tensor) -> Tensor:
+        """A = U⁻¹·Y."""
+        out: Tensor = rules.solve(Y, self._factorise(), None)
+        return out
+
+    @full_precision
+    def quad_logdet(self, Y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(yᵀU⁻¹y, log det U), from one pass over the data; Y = None asks for log det U alone."""
+        made = rules.quad_logdet(Y, self._factorise())
+        return made.inv_quad, made.logdet
+
+    @full_precision
+    def inverse_block_sum(self) -> Tensor:
+        """B = Σ_t (U⁻¹)_tt, (*batch, D, D)."""
+        return self.finite(rules.inverse_block_sum(self._spectral()))
+
+    @full_precision
+    def inverse_blocks(self, F: Tensor) -> Tensor:
+        """(f_s ⊗ I)ᵀ U⁻¹ (f_s ⊗ I) for each row f_s of F (*batch, S, T): (*batch, S, D, D)."""
+        return rules.inverse_blocks(self._spectral(), F)
+
+    @full_precision
+    def inverse_blocks_diagonal(self, F: Tensor | None = None) -> Tensor:
+        """The diagonals of :meth:`inverse_blocks`, (*batch, S, D); F = None is the identity."""
+        return rules.inverse_blocks_diagonal(self._spectral(), F)
+
+    @full_precision
+    def inverse_pairs(self, F: Tensor) -> Tensor:
+        """(f_s ⊗ I)ᵀ U⁻¹ (f_u ⊗ I) for all pairs of rows of F: (*batch, S, D, S, D)."""
+        return rules.inverse_pairs(self._spectral(), F)
+
+    @full_precision
+    def inverse_trace(self, M2: Tensor, K2: Tensor) -> Tensor:
+        """tr(U⁻¹ (M2 ⊗ K2)), (*batch)."""
+        return rules.inverse_trace(self._spectral(), M2, K2)
+
+    def spectral_form(self) -> Any:
+        """(s, P, λ, R) of :mod:`.factor.spectral`, constants for differentiation."""
+        return self._spectral().factor
+
+    # --- the density -----------------------------------------------------------------------------
+
+    @full_precision
+    def gaussian_nll(self, Y: Tensor) -> Tensor:
+        """−log N(vec Y; 0, U) in nats, constant included: (*batch)."""
+        batch = self.check_data("Y", Y)
+        # Where "auto" is free to choose and nothing is factorised yet, one native call may serve.
+        is_fresh = self._method == "auto" and self._factorised is None
+        if is_fresh and rules.is_small(self._parts, batch):
+            return rules.small_likelihood(Y, self._parts)
+        inv_quad, logdet = self.quad_logdet(Y)
+        return 0.5 * (inv_quad + logdet + self.event_shape.numel() * math.log(2 * math.pi))
+
+
+def _outside_inference(make: Callable[[], _Made]) -> _Made:
+    """Inference tensors could not be used for gradients later."""
+    if torch.compiler.is_compiling():
+        return make()
+    with torch.inference_mode(False):
+        return make()
