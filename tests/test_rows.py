@@ -62,6 +62,9 @@ class Independent(NamedTuple):
     def transposed_matmul(self, X: Tensor) -> Tensor:
         return self.matmul(X)
 
+    def symmetric_matmul(self, X: Tensor) -> Tensor:
+        return self.matmul(X)
+
     def diagonal(self) -> Tensor:
         return self.d
 

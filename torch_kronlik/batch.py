@@ -10,7 +10,15 @@ from torch import Tensor
 
 Shape = Sequence[int]
 
-__all__ = ["Shape", "add_outer_", "broadcast", "outer_to", "sum_to", "symmetric"]
+__all__ = [
+    "Shape",
+    "add_outer_",
+    "broadcast",
+    "mean_with_transpose",
+    "outer_to",
+    "sum_to",
+    "symmetric",
+]
 
 
 def broadcast(*shapes: Shape) -> torch.Size:
@@ -60,6 +68,11 @@ def add_outer_(out: Tensor, X: Tensor, Y: Tensor) -> Tensor:
     if out.dim() == X.dim() == Y.dim() == 2:
         return out.addmm_(X, Y.mT)
     return out.add_(outer_to(X, Y, out.shape[:-2]))
+
+
+def mean_with_transpose(X: Tensor) -> Tensor:
+    """(X + Xᵀ)/2 in one pass, without derivatives; symmetric up to the last bit."""
+    return torch.lerp(X.mT, X, 0.5)
 
 
 def symmetric(X: Tensor) -> Tensor:

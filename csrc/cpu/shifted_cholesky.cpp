@@ -30,7 +30,7 @@ KRON_CLONES double accumulate(const T* inverse, const T* m, const ShiftedCholesk
   for (int64_t i = begin; i < end; ++i) {
     with_M += add_row(inverse + i * c.T, m + i * c.m_row, c.m_col, lam, i, rows + i * c.T);
   }
-  return with_M;
+  return with_M + above_diagonal(inverse, m, c.m_row, c.m_col, begin, end, c.T);
 }
 
 // The upper triangle from the lower one, for the rows of one strip.

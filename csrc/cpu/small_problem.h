@@ -63,7 +63,7 @@ KRON_CLONES KRON_FLATTEN void load_problem(const SmallNll& s, const SmallTensors
   for (int64_t i = 0; i < s.T; ++i) {
     T* row = &p.m[i * padded(s.T)];
     for (int64_t k = 0; k < s.T; ++k) {
-      row[k] = m[i * s.m_row + k * s.m_col];
+      row[k] = symmetric_entry(s, m, i, k);
       outside |= !(range_test(p.basis, row[k]) == 0);
     }
   }

@@ -14,6 +14,7 @@ constexpr int64_t kMaxSmallT = 64;  // the rows of a block of threads
 template <typename T>
 struct Pointers : SmallTensors<T> {
   double* basis;  // a Whitened for each problem
+  T* symmetric;   // (T, T) for each problem, the symmetric part of M
 
   __device__ const Whitened& whitened(int64_t b) const {
     return reinterpret_cast<const Whitened*>(basis)[b];
@@ -38,8 +39,8 @@ struct Shared {
   }
 };
 
-// One warp for each problem: its basis and its status, which tells of all inputs but Y. Of M both
-// triangles are looked at, although the factorisation reads one.
+// One warp for each problem: its basis, the symmetric part of M, and its status, which tells of all
+// inputs but Y.
 template <typename T>
 __global__ void whiten_problems(SmallNll s, Pointers<T> t) {
   __shared__ WhitenWork work;
@@ -49,14 +50,17 @@ __global__ void whiten_problems(SmallNll s, Pointers<T> t) {
   const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
   SmallStatus status = whiten_by_warp(t.outputs(s, b), D, eps, &work, &basis);
   const T* m = t.m + s.m_batch.offset(b);
+  const int n = static_cast<int>(s.T);
+  T* symmetric = t.symmetric + b * n * n;
   double zero = 0;
-  const int n = status == kFine ? static_cast<int>(s.T) : 0;
   for (int i = 0; i < n; ++i) {
     for (int k = threadIdx.x; k < n; k += 32) {
-      zero += range_test(basis, m[i * s.m_row + k * s.m_col]);
+      const T entry = symmetric_entry(s, m, i, k);
+      symmetric[i * n + k] = entry;
+      zero += range_test(basis, entry);
     }
   }
-  if (!__all_sync(kWholeWarp, zero == 0)) status = kNotFinite;
+  if (!__all_sync(kWholeWarp, zero == 0) && status == kFine) status = kNotFinite;
   __syncwarp();  // all lanes have read the basis
   if (status != kFine && threadIdx.x == 0) spoil(&basis, D);
   __syncwarp();
@@ -245,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, (blocks_at_once<T, N>()))
   static_assert(sizeof(Shared<T, N>) <= 48 * 1024, "more than a block has by itself");
   __shared__ Shared<T, N> sh;
   const int64_t b = blockIdx.x, n = s.T, D = s.D;
-  const T *m = t.m + s.m_batch.offset(b), *y = t.y + s.y_batch.offset(b);
+  const T *m = t.symmetric + b * n * n, *y = t.y + s.y_batch.offset(b);
   const Whitened& basis = t.whitened(b);
   const int group = threadIdx.x / N, groups = blockDim.x / N;
   for (int first = 0; first < D; first += groups) {
@@ -262,7 +266,9 @@ __global__ void __launch_bounds__(kThreads, (blocks_at_once<T, N>()))
 }
 
 template <typename T, int N>
-void launch(const Launcher& launcher, const SmallNll& s, const Pointers<T>& t, bool gradients) {
+void launch(const Launcher& launcher, SmallNll s, const Pointers<T>& t, bool gradients) {
+  s.m_row = s.T;
+  s.m_col = 1;
   const int wanted = N * static_cast<int>(s.D);
   const int threads = std::min((wanted + 31) / 32 * 32, kThreads);
   launcher.blocks_of(threads, s.y_batch.count, small_problems<T, N>, s, t, gradients);
@@ -275,10 +281,12 @@ auto small_nll(const Tensor& Y, const Tensor& M, const Tensor& K, const Tensor& 
   const int64_t count = s.y_batch.count;
   SmallResults results(s, Y, batch, gradients);
   const Launcher launcher(Y);
+  Tensor symmetric = torch::stable::new_empty(Y, {count * s.T * s.T});
   Tensor basis = scratch(Y, count * static_cast<int64_t>(sizeof(Whitened) / sizeof(double)));
   dispatch_floating(Y, "small_nll", [&](auto zero) {
     using T = decltype(zero);
-    const Pointers<T> t{results.data<T>(Y, M, K, noise), basis.mutable_data_ptr<double>()};
+    const Pointers<T> t{results.data<T>(Y, M, K, noise), basis.mutable_data_ptr<double>(),
+                        symmetric.mutable_data_ptr<T>()};
     launcher.blocks_of(32, count, whiten_problems<T>, s, t);
     if (s.T <= 16) return launch<T, 16>(launcher, s, t, gradients);
     if (s.T <= 32) return launch<T, 32>(launcher, s, t, gradients);

@@ -3,8 +3,9 @@
 // C_j = λ_j M + I for the non-zero λ_j (MATH.md §4): the factor of each, and what the gradients of
 // log det need of the inverses,
 //   rows = Σ_j λ_j C_j⁻¹    with_M_j = ⟨M, C_j⁻¹⟩    plain_j = tr C_j⁻¹
-// Matrices are row-major and only their lower triangles are read and computed; LAPACK, which counts
-// by columns, calls them upper.
+// C is made of a symmetric M. ⟨M, C_j⁻¹⟩ is the same for any M with that symmetric part. Matrices
+// are row-major and only their lower triangles are computed; LAPACK, which counts by columns, calls
+// them upper.
 
 #include "../batch.h"
 
@@ -24,7 +25,7 @@ KRON_HD void shifted_row(const T* m, int64_t m_col, T lam, int64_t i, int64_t si
   for (int64_t k = i + 1; k < size; ++k) row[k] = T(0);
 }
 
-// Adds λ times row i of an inverse, and returns its part of ⟨M, C⁻¹⟩.
+// Adds λ times row i of an inverse, and returns the part of ⟨M, C⁻¹⟩ on and below the diagonal.
 template <typename T>
 KRON_HD double add_row(const T* inverse, const T* m, int64_t m_col, T lam, int64_t i, T* rows) {
   constexpr int kLanes = 8;
@@ -45,7 +46,28 @@ KRON_HD double add_row(const T* inverse, const T* m, int64_t m_col, T lam, int64
   rows[i] += lam * inverse[i];
   double below = 0;
   for (double x : lane) below += x;
-  return 2 * below + static_cast<double>(inverse[i]) * static_cast<double>(m[i * m_col]);
+  return below + static_cast<double>(inverse[i]) * static_cast<double>(m[i * m_col]);
+}
+
+// The part of ⟨M, C⁻¹⟩ above the diagonal in the columns begin to end of M, from the lower triangle
+// of the inverse: in tiles, since one of the two is read along its columns.
+template <typename T>
+KRON_HD double above_diagonal(const T* inverse, const T* m, int64_t m_row, int64_t m_col,
+                              int64_t begin, int64_t end, int64_t size) {
+  constexpr int64_t kWide = 32;
+  double sum = 0;
+  for (int64_t k0 = 0; k0 < end; k0 += kWide) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t last = k0 + kWide < i ? k0 + kWide : i;
+      double part = 0;
+      for (int64_t k = k0; k < last; ++k) {
+        part += static_cast<double>(inverse[i * size + k]) *
+                static_cast<double>(m[k * m_row + i * m_col]);
+      }
+      sum += part;
+    }
+  }
+  return sum;
 }
 
 }  // namespace torch_kronlik

@@ -36,6 +36,12 @@ struct SmallTensors {
   }
 };
 
+// An entry of the symmetric part of M. Halves first: the sum may exceed the range of T.
+template <typename T>
+KRON_HD T symmetric_entry(const SmallNll& s, const T* m, int64_t i, int64_t k) {
+  return T(0.5) * m[i * s.m_row + k * s.m_col] + T(0.5) * m[k * s.m_row + i * s.m_col];
+}
+
 // Zero for an entry of M whose products with every λ_j are in the range of T, else NaN.
 template <typename T>
 KRON_HD double range_test(const Whitened& basis, T m) {

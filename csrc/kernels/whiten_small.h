@@ -68,7 +68,7 @@ KRON_HD void jacobi_eigen(double* A, double* Q, int n) {
   }
 }
 
-// Where the entries of K and of the noise are.
+// Where the entries of K and of the noise are. K and Sigma are taken by their symmetric parts.
 template <typename T>
 struct SmallOutputs {
   const T* k;
@@ -77,12 +77,17 @@ struct SmallOutputs {
   int64_t noise_row, noise_col;
   bool full;  // noise is Σ, else the logarithms of its diagonal
 
-  KRON_HD double K(int i, int j) const { return static_cast<double>(k[i * k_row + j * k_col]); }
-  KRON_HD double Sigma(int i, int j) const {
-    return static_cast<double>(noise[i * noise_row + j * noise_col]);
-  }
+  KRON_HD double K(int i, int j) const { return mean(k, k_row, k_col, i, j); }
+  KRON_HD double Sigma(int i, int j) const { return mean(noise, noise_row, noise_col, i, j); }
   KRON_HD double log_noise(int i) const { return static_cast<double>(noise[i * noise_row]); }
   KRON_HD double size(int i) const { return full ? Sigma(i, i) : log_noise(i); }
+
+ private:
+  // Halves first: the sum of two entries may exceed the range of doubles.
+  KRON_HD static double mean(const T* x, int64_t row, int64_t col, int i, int j) {
+    return 0.5 * static_cast<double>(x[i * row + j * col]) +
+           0.5 * static_cast<double>(x[j * row + i * col]);
+  }
 };
 
 template <typename T>

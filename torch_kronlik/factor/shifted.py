@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..batch import Shape, broadcast, sum_to, symmetric
+from ..batch import Shape, broadcast, mean_with_transpose, sum_to, symmetric
 from ..errors import COVARIANCE, not_positive_definite, require_finite
 from ..records import Matrix, Scalar, Stack, Vector
 from ..rows import RowMatrix
@@ -33,6 +33,7 @@ def without_zeros(lam: Tensor) -> Tensor:
 def factors(M: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     """L_j and log det C_j for each λ_j of ``lam`` (*batch, n): (*batch, n, T, T), (*batch, n)."""
     require_finite(M, M=M)
+    M = mean_with_transpose(M)
     made = ops.shifted_cholesky if _is_native(M) else _factors_by_torch
     L, logdet, status = made(M, lam)
     if bool(status.any()):
@@ -155,7 +156,7 @@ class Shifted(NamedTuple):
         With κ = diag(RᵀdK R) − λ ⊙ diag(RᵀdΣ R) they are Σ_j C_j⁻¹ (κ_j I − λ_j² dM) C_j⁻¹ for M,
         and for K and Σ traces of products of two inverses.
         """
-        M = rows.M
+        M = mean_with_transpose(rows.M)
         zero = M.new_zeros(())
         Kh = zero if dK is None else self.R.mT @ symmetric(dK) @ self.R
         Sh = zero if dSigma is None else self.R.mT @ symmetric(dSigma) @ self.R

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batch import symmetric
 from ..capture import is_captured
 from ..errors import (
     COVARIANCE,
@@ -52,7 +53,7 @@ def _whiten_by_lapack(K: Tensor, noise: Diagonal | Full) -> tuple[Tensor, Tensor
     inputs = {"K": K, **noise.named()}
     order = noise.order()
     whiten_graded: Any = _whiten_full if noise.is_matrix else _whiten_diagonal
-    lam, R, logdet_noise = whiten_graded(_permuted(K, order), *noise, order, inputs)
+    lam, R, logdet_noise = whiten_graded(_permuted(symmetric(K), order), noise, order, inputs)
     if not bool(torch.isfinite(logdet_noise).all()):
         raise_if_not_finite(**inputs)
     back = order.argsort(-1)[..., None].expand(R.shape)
@@ -63,15 +64,16 @@ Whitened = tuple[Tensor, Tensor, Tensor]
 
 
 def _whiten_diagonal(
-    K: Tensor, log_noise: Tensor, order: Tensor, inputs: dict[str, Tensor]
+    K: Tensor, noise: Diagonal, order: Tensor, inputs: dict[str, Tensor]
 ) -> Whitened:
+    log_noise = noise.log_noise
     root = torch.exp(-0.5 * log_noise.take_along_dim(order, -1))[..., :, None]
     lam, Q = eigh((root * K * root.mT).flip(-2, -1), **inputs)
     return lam, root * Q.flip(-2), log_noise.sum(-1)
 
 
-def _whiten_full(K: Tensor, Sigma: Tensor, order: Tensor, inputs: dict[str, Tensor]) -> Whitened:
-    L = _cholesky(_permuted(Sigma, order), Sigma)
+def _whiten_full(K: Tensor, noise: Full, order: Tensor, inputs: dict[str, Tensor]) -> Whitened:
+    L = _cholesky(_permuted(noise.matrix(), order), noise.Sigma)
     half = torch.linalg.solve_triangular(L, K, upper=False)
     whitened = torch.linalg.solve_triangular(L, half.mT, upper=False)
     lam, Q = eigh(whitened.flip(-2, -1), **inputs)

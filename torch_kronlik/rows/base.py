@@ -62,6 +62,9 @@ class RowCovarianceMembers(Protocol):
     def transposed_matmul(self, X: Tensor) -> Tensor:
         """Mᵀ X, different from M X only where a caller's matrix is not symmetric."""
 
+    def symmetric_matmul(self, X: Tensor) -> Tensor:
+        """The symmetric part of M times X."""
+
     def diagonal(self) -> Tensor:
         """(*batch, T)"""
 

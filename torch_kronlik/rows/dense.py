@@ -50,6 +50,9 @@ class Dense(NamedTuple):
     def transposed_matmul(self, X: Tensor) -> Tensor:
         return self.M.mT @ X
 
+    def symmetric_matmul(self, X: Tensor) -> Tensor:
+        return 0.5 * (self.M @ X + self.M.mT @ X)
+
     def diagonal(self) -> Tensor:
         return self.M.diagonal(dim1=-2, dim2=-1)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import full_precision
-from ..batch import Shape
+from ..batch import Shape, mean_with_transpose
 from ..checks import (
     check_broadcast,
     check_eigen,
@@ -117,6 +117,9 @@ class SymmetricEigen(NamedTuple):
     def transposed_matmul(self, X: Tensor) -> Tensor:
         return self.matmul(X)
 
+    def symmetric_matmul(self, X: Tensor) -> Tensor:
+        return self.matmul(X)
+
     def diagonal(self) -> Tensor:
         """(*batch, T)"""
         return (self.eigenvectors.square() @ self.eigenvalues[..., None]).squeeze(-1)
@@ -156,7 +159,7 @@ def _refuse(*_: object) -> NoReturn:
 
 def eigen(M: Tensor) -> tuple[Tensor, Tensor]:
     """M = P Diag(s) Pᵀ with rounding below zero removed: (s, P)."""
-    s, P = eigh(M, M=M)
+    s, P = eigh(mean_with_transpose(M), M=M)
     return rounded(s), P
 
 

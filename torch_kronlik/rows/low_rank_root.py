@@ -72,6 +72,9 @@ class LowRankRoot(NamedTuple):
     def transposed_matmul(self, X: Tensor) -> Tensor:
         return self.matmul(X)
 
+    def symmetric_matmul(self, X: Tensor) -> Tensor:
+        return self.matmul(X)
+
     def diagonal(self) -> Tensor:
         """(*batch, T)"""
         return self.F.square().sum(-1)

@@ -163,8 +163,7 @@ def product_gradients(
     if to.rows is not None:
         rows = U.rows.pull_back(product_row_matrix(Z, A, U, symmetrise), to.rows)
     if to.K is not None:
-        K = outer_to(Z.mT, U.rows.matmul(A).mT, to.K)
-        K = symmetric(K) if symmetrise else K.contiguous()
+        K = symmetric(outer_to(Z.mT, U.rows.symmetric_matmul(A).mT, to.K))
     if to.noise is not None:
         noise = U.noise.pull_back_product(Z, A, to.noise)
     return Direction(rows, K, noise)
@@ -172,7 +171,7 @@ def product_gradients(
 
 def product_row_matrix(Z: Tensor, A: Tensor, U: Any, symmetrise: bool = True) -> RowMatrix:
     """Z K Aᵀ, the gradient of ⟨Z, M A K⟩ in M."""
-    return RowMatrix(U.rows.size, pairs=((Z @ U.K, A),), is_symmetric=not symmetrise)
+    return RowMatrix(U.rows.size, pairs=((Z @ symmetric(U.K), A),), is_symmetric=not symmetrise)
 
 
 def product_tangent(A: Tensor, U: Any, along: Any) -> Maybe:
@@ -181,9 +180,9 @@ def product_tangent(A: Tensor, U: Any, along: Any) -> Maybe:
     Functions of symmetric matrices move along the symmetric part of a direction.
     """
     dM = None if is_empty(along.rows) else U.rows.tangent(along.rows)
-    terms: list[Maybe] = [None if dM is None else dM.apply(A) @ U.K]
+    terms: list[Maybe] = [None if dM is None else dM.apply(A) @ symmetric(U.K)]
     if along.K is not None:
-        terms.append(U.rows.matmul(A @ symmetric(along.K)))
+        terms.append(U.rows.symmetric_matmul(A @ symmetric(along.K)))
     if not is_empty(along.noise):
         terms.append(U.noise.tangent_matmul(A, along.noise))
     return total(terms)
