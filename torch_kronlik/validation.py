@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .covariance import KroneckerPlusNoise
 from .rows import RowCovariance
+from .waist import WITH_BASIS
 
 __all__ = [
     "leave_one_out",
@@ -166,12 +167,7 @@ def leave_one_row_out_log_prob(
 
 
 def _covariance(
-    M: RowCovariance,
-    K: Tensor,
-    Sigma: Tensor | None,
-    log_noise: Tensor | None,
-    method: str,
+    M: RowCovariance, K: Tensor, Sigma: Tensor | None, log_noise: Tensor | None, method: str
 ) -> KroneckerPlusNoise:
-    """U; "auto" is the spectral form, which the diagonal blocks of U⁻¹ need in any case."""
-    method = "spectral" if method == "auto" else method
+    method = WITH_BASIS if method == "auto" else method
     return KroneckerPlusNoise(M, K, Sigma=Sigma, log_noise=log_noise, method=method)

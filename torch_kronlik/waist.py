@@ -18,10 +18,11 @@ from . import rules
 from .autocast import full_precision
 from .batch import symmetric
 from .checks import check_broadcast, check_data, check_uniform
+from .derivatives import may_be_differentiated
 from .guards import finite
-from .rules import Covariance, Factored, MatrixRoot, check_method
+from .rules import WITH_BASIS, Covariance, Factored, MatrixRoot, check_method
 
-__all__ = ["MatrixRoot", "Waist", "check_method"]
+__all__ = ["WITH_BASIS", "MatrixRoot", "Waist", "check_method"]
 
 _Made = TypeVar("_Made")
 
@@ -42,7 +43,7 @@ class Waist:
         self._parts = Covariance(rows, K, noise)
         self._method = method
         self._factorised: Factored | None = None
-        self._full: Factored | None = None
+        self._completed: Factored | None = None
         self._versions: list[int] = []
 
     @property
@@ -91,17 +92,24 @@ class Waist:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is factorised anew, by the same route: its arguments are other tensors."""
-        return {**self.__dict__, "_factorised": None, "_full": None}
+        return {**self.__dict__, "_factorised": None, "_completed": None}
 
     @full_precision
-    def _spectral(self) -> Factored:
-        """The factorisation in the full spectral form, which some operations need."""
+    def _complete(self) -> Factored:
+        """With a complete basis of M: made of the factorisation once, where something needs it."""
         U = self._factorise()
-        if self._method == "spectral":
-            return U
-        if self._full is None:
-            self._full = _outside_inference(partial(rules.spectral, U))
-        return self._full
+        if self._completed is None:
+            self._completed = _outside_inference(partial(rules.completed, U))
+        return self._completed
+
+    def _differentiable(self) -> Factored:
+        """The factorisation as the derivatives of functionals need it: on the low-rank route, the
+        complement of the basis moves with M."""
+        U = self._factorise()
+        low = U.factor.complement > 0
+        return (
+            self._complete() if low and may_be_differentiated(*self._parts.named().values()) else U
+        )
 
     # --- checks ----------------------------------------------------------------------------------
 
@@ -143,7 +151,9 @@ class Waist:
     @full_precision
     def root_matmul(self, E: Tensor) -> Tensor:
         """F·E with U = F Fᵀ, smooth in M, K and Σ: for standard normal E a draw."""
-        return rules.root_matmul(self._spectral(), E)
+        U = self._differentiable()
+        has_basis = isinstance(U.factor, rules.Spectral)
+        return rules.root_matmul(U if has_basis else self._complete(), E)
 
     # --- the functionals of U⁻¹ ------------------------------------------------------------------
 
@@ -162,31 +172,31 @@ class Waist:
     @full_precision
     def inverse_block_sum(self) -> Tensor:
         """B = Σ_t (U⁻¹)_tt, (*batch, D, D)."""
-        return self.finite(rules.inverse_block_sum(self._spectral()))
+        return self.finite(rules.inverse_block_sum(self._differentiable()))
 
     @full_precision
     def inverse_blocks(self, F: Tensor) -> Tensor:
         """(f_s ⊗ I)ᵀ U⁻¹ (f_s ⊗ I) for each row f_s of F (*batch, S, T): (*batch, S, D, D)."""
-        return rules.inverse_blocks(self._spectral(), F)
+        return rules.inverse_blocks(self._differentiable(), F)
 
     @full_precision
     def inverse_blocks_diagonal(self, F: Tensor | None = None) -> Tensor:
         """The diagonals of :meth:`inverse_blocks`, (*batch, S, D); F = None is the identity."""
-        return rules.inverse_blocks_diagonal(self._spectral(), F)
+        return rules.inverse_blocks_diagonal(self._differentiable(), F)
 
     @full_precision
     def inverse_pairs(self, F: Tensor) -> Tensor:
         """(f_s ⊗ I)ᵀ U⁻¹ (f_u ⊗ I) for all pairs of rows of F: (*batch, S, D, S, D)."""
-        return rules.inverse_pairs(self._spectral(), F)
+        return rules.inverse_pairs(self._differentiable(), F)
 
     @full_precision
     def inverse_trace(self, M2: Tensor, K2: Tensor) -> Tensor:
         """tr(U⁻¹ (M2 ⊗ K2)), (*batch)."""
-        return rules.inverse_trace(self._spectral(), M2, K2)
+        return rules.inverse_trace(self._differentiable(), M2, K2)
 
     def spectral_form(self) -> Any:
         """(s, P, λ, R) of :mod:`.factor.spectral`, constants for differentiation."""
-        return self._spectral().factor
+        return self._complete().factor
 
     # --- the density -----------------------------------------------------------------------------
 

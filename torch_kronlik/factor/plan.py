@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["METHODS", "Costs", "check_method", "costs"]
+__all__ = ["METHODS", "WITH_BASIS", "Costs", "check_method", "costs"]
 
 METHODS = ("auto", "spectral", "cholesky", "low_rank")
+# As "auto", but never the Cholesky route: for what is asked of diagonal blocks of U⁻¹ and of their
+# derivatives, which a basis of M gives for less.
+WITH_BASIS = "auto, with a basis of M"
 
 
 def check_method(method: str) -> None:
-    if method not in METHODS:
+    if method not in (*METHODS, WITH_BASIS):
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
 
 
@@ -43,7 +46,7 @@ class Costs(NamedTuple):
         """The rank up to which the low-rank route is tried; 0 for not at all."""
         if method == "low_rank":
             return T
-        if method != "auto" or self.smallest_low_rank > T:
+        if method not in ("auto", WITH_BASIS) or self.smallest_low_rank > T:
             return 0
         return max(T // self.rank_fraction, min(T // 2, self.easy_rank))
 

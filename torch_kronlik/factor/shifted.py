@@ -20,6 +20,7 @@ from ..errors import COVARIANCE, not_positive_definite, require_finite
 from ..records import Matrix, Scalar, Stack, Vector
 from ..rows import RowMatrix
 from .base import Factor
+from .shifted_series import ShiftedSeries
 
 __all__ = ["Shifted", "factors", "without_zeros"]
 
@@ -128,6 +129,31 @@ class Shifted(NamedTuple):
     def quadratic_in_K(self, g: Tensor, Z: Tensor, to: Shape | None) -> None:
         """Nothing better than the product with M."""
 
+    # --- the functionals of U⁻¹ --------------------------------------------------------------
+
+    @property
+    def complement(self) -> int:
+        """Nothing of a basis is left out."""
+        return 0
+
+    def series(self, rows: Any) -> ShiftedSeries:
+        """The functionals of U⁻¹."""
+        return ShiftedSeries(self, mean_with_transpose(rows.M.detach()))
+
+    def halves(self, X: Tensor) -> list[Tensor]:
+        """L_j⁻¹ X for every j, so that C_j⁻¹ is a product of two."""
+        solve = torch.linalg.solve_triangular
+        return [X if L is None else solve(L, X, upper=False) for _, L in self._columns()]
+
+    def applied(self, X: Tensor) -> list[Tensor]:
+        """C_j⁻¹ X for every j."""
+        return [X if L is None else torch.cholesky_solve(X, L) for _, L in self._columns()]
+
+    def traces(self) -> Tensor:
+        """tr C_j⁻¹, (*batch, D)."""
+        eye = torch.eye(self.size, dtype=self.L.dtype, device=self.L.device)
+        return _stack([h.square().sum((-2, -1)) for h in self.halves(eye)])
+
     # --- gradients ---------------------------------------------------------------------------
 
     def sums(self, rows: Any, saved: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
@@ -162,11 +188,9 @@ class Shifted(NamedTuple):
         Sh = zero if dSigma is None else self.R.mT @ symmetric(dSigma) @ self.R
         kappa = _diagonal(Kh) - self.lam * _diagonal(Sh)
         V = zero if dM is None else dM.dense(dM.batch)
-        # All λ_j = 0 have C_j = I: the last of them stands for all.
-        first = max(self.lam.shape[-1] - self.L.shape[-3] - 1, 0)
-        of = (torch.arange(self.lam.shape[-1], device=M.device) - first).clamp(min=0)
+        of, first = self.inverse_of(), self._first()
         total = kappa[..., : first + 1].sum(-1, keepdim=True)
-        inverses = self._inverses(M)
+        inverses = self.inverses()
         HM, moved = self._rows_hvp(
             inverses, torch.cat([total, kappa[..., first + 1 :]], -1), self.lam[..., first:], V
         )
@@ -181,9 +205,18 @@ class Shifted(NamedTuple):
         HK, HS = (symmetric(self.R @ H @ self.R.mT) for H in (HK, HS))
         return RowMatrix(self.size, whole=HM), HK, HS
 
-    def _inverses(self, M: Tensor) -> Tensor:
+    def _first(self) -> int:
+        """All λ_j = 0 have C_j = I: the last of them stands for all."""
+        return max(self.lam.shape[-1] - self.L.shape[-3] - 1, 0)
+
+    def inverse_of(self) -> Tensor:
+        """The place of C_j⁻¹ among :meth:`inverses`, for every j."""
+        j = torch.arange(self.lam.shape[-1], device=self.lam.device)
+        return (j - self._first()).clamp(min=0)
+
+    def inverses(self) -> Tensor:
         """The different C_j⁻¹, ascending in λ_j: (*batch, n, T, T), or n + 1 with I among them."""
-        eye = torch.eye(self.size, dtype=M.dtype, device=M.device)
+        eye = torch.eye(self.size, dtype=self.L.dtype, device=self.L.device)
         own = self.lam.shape[-1] > self.L.shape[-3]
         inverses = [eye.expand(*self.L.shape[:-3], *eye.shape)] if own else []
         inverses += [torch.cholesky_inverse(L) for L in self.L.unbind(-3)]

@@ -21,6 +21,7 @@ from ..ops import kron_diag
 from ..records import Matrix, Scalar, Vector
 from ..rows import RowMatrix
 from .base import Factor
+from .spectral_series import SpectralSeries
 
 __all__ = ["Spectral"]
 
@@ -45,6 +46,26 @@ class Spectral(NamedTuple):
         """T − r."""
         return self.P.shape[-2] - self.P.shape[-1]
 
+    def outside(self, X: Tensor) -> Tensor:
+        """(I − P Pᵀ) X for X (*batch, T, k)."""
+        rest = X - self.P @ (self.P.mT @ X)
+        # Once more: the first projection leaves rounding of the size of the part inside, which a
+        # small W would not have damped.
+        return rest - self.P @ (self.P.mT @ rest)
+
+    def completed(self) -> Spectral:
+        """The same with a complete basis: any orthonormal one of the complement, where s = 0."""
+        if self.complement == 0:
+            return self
+        Q = torch.linalg.qr(self.P, mode="complete")[0]
+        P = torch.cat([self.P, Q[..., self.s.shape[-1] :]], -1)
+        zeros = self.s.new_zeros(()).expand(*self.s.shape[:-1], self.complement)
+        return self._replace(s=torch.cat([self.s, zeros], -1), P=P)
+
+    def series(self, rows: Any) -> SpectralSeries:
+        """The functionals of U⁻¹."""
+        return SpectralSeries(self)
+
     def weights(self) -> Tensor:
         """W (*batch, r, D)."""
         return 1 / (1 + self.s[..., :, None] * self.lam[..., None, :])
@@ -68,11 +89,7 @@ class Spectral(NamedTuple):
         if self.complement == 0:
             return None, self.P.mT @ Y @ self.R
         data = Y @ self.R
-        inside = self.P.mT @ data
-        rest = data - self.P @ inside
-        # Once more: the first projection leaves rounding of the size of the part inside, which a
-        # small W would not have damped.
-        return rest - self.P @ (self.P.mT @ rest), inside
+        return self.outside(data), self.P.mT @ data
 
     def solve(self, Y: Tensor) -> Tensor:
         """A = U⁻¹·Y."""

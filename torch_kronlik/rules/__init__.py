@@ -25,7 +25,8 @@ put into R Diag(·) Rᵀ by ``quad_logdet``. What M and Σ are, their records kn
 of the caller.
 """
 
-from ..factor.plan import check_method
+from ..factor import Spectral
+from ..factor.plan import WITH_BASIS, check_method
 from .common import Covariance, Factored
 from .expansion import (
     inverse_block_sum,
@@ -33,7 +34,7 @@ from .expansion import (
     inverse_blocks_diagonal,
     inverse_trace,
 )
-from .factorise import factorise, spectral
+from .factorise import completed, factorise
 from .multiply import multiply
 from .posterior import MatrixRoot, inverse_pairs
 from .quad_logdet import quad_logdet
@@ -42,10 +43,13 @@ from .small import is_small, small_likelihood
 from .solve import solve
 
 __all__ = [
+    "WITH_BASIS",
     "Covariance",
     "Factored",
     "MatrixRoot",
+    "Spectral",
     "check_method",
+    "completed",
     "factorise",
     "inverse_block_sum",
     "inverse_blocks",
@@ -58,5 +62,4 @@ __all__ = [
     "root_matmul",
     "small_likelihood",
     "solve",
-    "spectral",
 ]

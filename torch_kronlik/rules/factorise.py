@@ -15,7 +15,7 @@ from ..records import Matrix, Scalar, Vector
 from ..rows import eigen as rows_eigen
 from .common import Covariance, Factored
 
-__all__ = ["eigen", "factorise", "spectral", "whiten"]
+__all__ = ["completed", "eigen", "factorise", "whiten"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -130,9 +130,15 @@ def _factorise_matrix(
     return Factored(parts, Spectral(s, P, lam, R, logdet_noise)), "spectral"
 
 
-def spectral(U: Factored) -> Factored:
-    """U in the full spectral form."""
-    lam, R, logdet_noise = whiten(U.K, U.noise)
-    s, P = eigen(U.rows.dense())
-    lam = require_positive_definite(s, lam, None)
-    return Factored(U.parts, Spectral(s, P, lam, R, logdet_noise))
+def completed(U: Factored) -> Factored:
+    """U with a complete basis of M, from what the route left: no part is factorised again.
+
+    The low-rank route adds an orthonormal basis of the complement. The Cholesky route has no basis:
+    M is diagonalised here, for the first time.
+    """
+    f: Any = U.factor
+    if isinstance(f, Spectral):
+        return U._replace(factor=f.completed())
+    s, P = eigen(U.rows.M)
+    lam = require_positive_definite(s, f.lam, None)
+    return U._replace(factor=Spectral(s, P, lam, f.R, f.logdet_noise))

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..derivatives import define_flat, may_be_differentiated, register
 from ..errors import LinAlgError, batch_element
 from .common import Factored
-from .expansion import Expansion, expand, moved, vanishing_sum
+from .expansion import ends, expand, moved, vanishing_sum
 from .factorise import eigen
 
 __all__ = ["MatrixRoot", "inverse_pairs"]
@@ -20,42 +20,15 @@ __all__ = ["MatrixRoot", "inverse_pairs"]
 def inverse_pairs(U: Factored, F: Tensor) -> Tensor:
     """(f_s ⊗ I)ᵀ U⁻¹ (f_u ⊗ I) for all pairs of rows of F (*batch, S, T): (*batch, S, D, S, D).
 
-    Σ_j (F̂ Diag(W_·j) F̂ᵀ)_su R_dj R_ej with F̂ = F P; with derivatives, the expansion of
-    :mod:`.expansion`, which then needs memory for S·T·D² numbers.
+    Σ_j (f_sᵀ C_j⁻¹ f_u) R_dj R_ej; with derivatives, the series of :mod:`.expansion`, which then
+    needs memory for S·T·D² numbers.
     """
-    e, f = expand(U), U.factor
-    Fh = F @ f.P
-    scaled = Fh[..., None, :, :] * e.W.mT[..., :, None, :]  # (*batch, D, S, T)
-    G = torch.diag_embed((scaled @ Fh[..., None, :, :].mT).movedim(-3, -1)).movedim(
-        (-2, -1), (-4, -3)
-    )
+    e, series, R = expand(U), U.factor.series(U.rows), U.factor.R
+    G = torch.diag_embed(series.pairs(F).movedim(-3, -1)).movedim((-2, -1), (-4, -3))
     if e.moves():
-        G = G + _moved_pairs(e, scaled)
-    out: Tensor = torch.einsum("...dj,...jlsu,...el->...sdue", f.R, G, f.R)
-    return out
-
-
-def _moved_pairs(e: Expansion, scaled: Tensor) -> Tensor:
-    """a (−E + E W E) aᵀ, zero in value: (*batch, D, D, S, S)."""
-    Ea = _apply(e, scaled)  # (*batch, D, D, T, S)
-    first = scaled[..., :, None, :, :] @ Ea
-    second = torch.einsum("...mjis,...im,...mliu->...jlsu", Ea, e.W, Ea)
-    end = vanishing_sum(e[3:], 2, "a posterior covariance matrix")
-    return end[..., None, None, None, None] + second - first
-
-
-def _apply(e: Expansion, scaled: Tensor) -> Tensor:
-    """E_ml a_lᵀ for the outputs m, l: (*batch, D, D, T, S)."""
-    columns = scaled.mT[..., None, :, :, :]  # of each l: (T, S)
-    K_moved = 0 if e.VK is None else e.VK[..., :, :, None, None]
-    out = torch.zeros_like(e.lam)[..., :, None, None, None] * columns
-    if e.VK is not None:
-        out = out + e.VK[..., :, :, None, None] * (e.s[..., None, None, :, None] * columns)
-    if e.VSigma is not None:
-        out = out + e.VSigma[..., :, :, None, None] * columns
-    if e.X is not None:
-        K = torch.diag_embed(e.lam)[..., :, :, None, None] + K_moved
-        out = out + K * (e.X[..., None, None, :, :] @ columns)
+        end = ends(e, "a posterior covariance matrix")
+        G = G + series.moved_pairs(F, e) + end[..., None, None, None, None]
+    out: Tensor = torch.einsum("...dj,...jlsu,...el->...sdue", R, G, R)
     return out
 
 

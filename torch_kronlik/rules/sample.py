@@ -22,7 +22,8 @@ def root_matmul(U: Factored, E: Tensor) -> Tensor:
     f, whitened = U.factor, U.noise.whitened(U.K)
     Q = U.noise.coordinates(f.R).detach()
     v = (1 + f.s[..., :, None] * f.lam[..., None, :]).sqrt()
-    Eh = f.P.mT @ E @ Q
+    EQ = E @ Q
+    Eh = f.P.mT @ EQ
     Z = v * Eh
     parts = []
     if may_be_differentiated(*U.rows):
@@ -35,7 +36,10 @@ def root_matmul(U: Factored, E: Tensor) -> Tensor:
         parts.append(V)
     if parts:
         Z = Z + vanishing_sum(parts, 1, "a sample")[..., None, None]
-    out: Tensor = U.noise.root_matmul(f.P @ (Z @ Q.mT))
+    white = f.P @ Z
+    if f.complement:  # there v = 1; with derivatives the basis is complete
+        white = white + f.outside(EQ)
+    out: Tensor = U.noise.root_matmul(white @ Q.mT)
     return out
 
 
