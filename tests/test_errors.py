@@ -62,6 +62,37 @@ def test_wrong_shape_of_log_noise(name: str, shape: tuple[int, ...]) -> None:
 
 
 @each_function
+def test_outputs_of_K_and_of_the_noise_disagree(name: str) -> None:
+    """Either may be the wrong one: both are named, with their shapes."""
+    p = make_problem(4, 3)
+    eye = torch.eye(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"K \(2, 2\) and Sigma \(3, 3\) disagree about D"):
+        FUNCTIONS[name].structured(changed(p, K=eye))
+    p = make_problem(4, 3, noise="diagonal")
+    with pytest.raises(ValueError, match=r"K \(2, 2\) and log_noise \(3,\) disagree about D"):
+        FUNCTIONS[name].structured(changed(p, K=eye))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:UserWarning")
+@each_noise
+@each_function
+def test_tensors_that_are_not_dense(name: str, noise: str) -> None:
+    f, p = FUNCTIONS[name], make_problem(4, 3, noise=noise)
+    for key in arguments(f, p):
+        x = leaves(p)[key]
+        nested = torch.nested.as_nested_tensor([x, x], layout=torch.strided)
+        quantised = torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8)
+        for bad, got in (
+            (x.to_sparse(), r"a dense tensor, got layout torch\.sparse_coo"),
+            (nested, "a dense tensor, got a nested tensor"),
+            (quantised, r"float32 or float64, got torch\.qint8"),
+        ):
+            with pytest.raises(TypeError, match=rf"^{key} must be {got}"):
+                f.structured(changed(p, **{key: bad}))
+
+
+@each_function
 def test_batches_that_do_not_broadcast(name: str) -> None:
     p = make_problem(4, 3)
     with pytest.raises(ValueError, match=r"broadcast.*M \(2,\).*K \(3,\)"):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-
-import torch
 from torch import Tensor
 
 from . import ops
 from .autocast import full_precision
+from .checks import check_floating, check_integer
 
 __all__ = ["block_diag", "block_diag_sum"]
 
@@ -69,7 +67,7 @@ def block_diag(A: Tensor, k: int, num_blocks: int) -> Tensor:
             [14., 15.]])
     """
     _check_blocks(A, num_blocks)
-    _check_integer("k", k)
+    check_integer("k", k)
     if not 0 <= k < num_blocks:
         raise ValueError(f"k must satisfy 0 <= k < num_blocks = {num_blocks}, got {k}")
     m, n = A.shape[-2] // num_blocks, A.shape[-1] // num_blocks
@@ -77,11 +75,8 @@ def block_diag(A: Tensor, k: int, num_blocks: int) -> Tensor:
 
 
 def _check_blocks(A: Tensor, num_blocks: int) -> None:
-    if not isinstance(A, Tensor):
-        raise TypeError(f"A must be a tensor, got {type(A).__name__}")
-    if A.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"A must be float32 or float64, got {A.dtype}")
-    _check_integer("num_blocks", num_blocks)
+    check_floating(A=A)
+    check_integer("num_blocks", num_blocks)
     if num_blocks < 1:
         raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
     if A.dim() < 2:
@@ -92,8 +87,3 @@ def _check_blocks(A: Tensor, num_blocks: int) -> None:
             f"A must be divisible into num_blocks = {num_blocks} blocks in both directions, "
             f"got {rows} x {cols}"
         )
-
-
-def _check_integer(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")

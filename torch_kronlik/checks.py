@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from .batch import broadcast
 __all__ = [
     "check_broadcast",
     "check_data",
+    "check_dtype",
     "check_eigen",
     "check_floating",
+    "check_integer",
     "check_noise",
     "check_rows",
     "check_sample_shape",
@@ -22,13 +25,27 @@ __all__ = [
 ]
 
 
+def check_dtype(name: str, value: object) -> None:
+    """A float32 or float64 tensor, of any layout."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64, got {value.dtype}")
+
+
 def check_floating(**tensors: object) -> None:
-    """Each is a float32 or float64 tensor."""
+    """Each is a dense float32 or float64 tensor."""
     for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if value.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name} must be float32 or float64, got {value.dtype}")
+        check_dtype(name, value)
+        assert isinstance(value, Tensor)
+        if value.layout != torch.strided or value.is_nested:
+            kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+            raise TypeError(f"{name} must be a dense tensor, got {kind}")
+
+
+def check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
 
 
 def check_uniform(**tensors: Tensor | None) -> None:
@@ -81,11 +98,19 @@ def check_noise(K: Tensor, Sigma: Tensor | None, log_noise: Tensor | None) -> No
     if D == 0:
         raise ValueError(f"K must have shape (*batch, D, D) with D >= 1, got {tuple(K.shape)}")
     if Sigma is not None:
-        check_square("Sigma", Sigma, "D", D)
-    elif log_noise is not None and (log_noise.dim() < 1 or log_noise.shape[-1] != D):
-        raise ValueError(
-            f"log_noise must have shape (*batch, D) with D = {D}, got {tuple(log_noise.shape)}"
-        )
+        _check_agreement("Sigma", Sigma, "(*batch, D, D)", 2, K)
+    if log_noise is not None:
+        _check_agreement("log_noise", log_noise, "(*batch, D)", 1, K)
+
+
+def _check_agreement(name: str, noise: Tensor, shape: str, core: int, K: Tensor) -> None:
+    """K and the noise have the same D. Where each is well formed, either may be the wrong one."""
+    D, got = K.shape[-1], tuple(noise.shape)
+    if got[-core:] == (D,) * core:
+        return
+    well_formed = len(got) >= core and len(set(got[-core:])) == 1
+    both = f"K {tuple(K.shape)} and {name} {got} disagree about D: " if well_formed else ""
+    raise ValueError(f"{both}{name} must have shape {shape} with D = {D}, got {got}")
 
 
 def check_data(name: str, Y: Tensor, shape: tuple[int, int]) -> None:

@@ -1,6 +1,6 @@
 #pragma once
 
-// C_j = λ_j M + I for the non-zero λ_j (MATH.md §4): the factor of each, and what the gradients of
+// C_j = λ_j M + I for the non-zero λ_j (docs/maths.md, section 4): the factor of each, and what the gradients of
 // log det need of the inverses,
 //   rows = Σ_j λ_j C_j⁻¹    with_M_j = ⟨M, C_j⁻¹⟩    plain_j = tr C_j⁻¹
 // C is made of a symmetric M. ⟨M, C_j⁻¹⟩ is the same for any M with that symmetric part. Matrices

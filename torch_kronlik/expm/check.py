@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from ..checks import check_dtype, check_floating
+from ..errors import raise_if_not_finite
+
 __all__ = ["check_arguments", "require_finite_input", "require_finite_result"]
 
 METHODS = ("auto", "action", "dense")
@@ -24,23 +27,18 @@ def require_finite_result(w: Tensor, **arguments: Tensor) -> None:
 
 
 def _raise_not_finite(what: str, arguments: dict[str, Tensor]) -> None:
-    for name, value in arguments.items():
-        bad = ~torch.isfinite(value)
-        if bool(bad.any()):
-            index = tuple(int(i) for i in bad.nonzero()[0])
-            raise ValueError(f"{name} must be finite, but {name}{list(index)} is {value[index]}")
+    raise_if_not_finite(**arguments)
     dtype = next(iter(arguments.values())).dtype
     raise OverflowError(f"{what} exceeds the range of {dtype}, although its arguments are finite")
 
 
 def check_arguments(d: Tensor, A: Tensor, v: Tensor) -> None:
     for name, argument in {"d": d, "A": A, "v": v}.items():
-        _check_tensor(name, argument)
+        check_dtype(name, argument)
     _check_matrix(A)
     n = A.shape[-1]
     for name, value in {"d": d, "v": v}.items():
-        if value.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+        check_floating(**{name: value})
         if value.dim() < 1 or value.shape[-1] != n:
             raise ValueError(
                 f"{name} must have shape (*batch, {n}) to go with A of shape {tuple(A.shape)}, "
@@ -51,13 +49,6 @@ def check_arguments(d: Tensor, A: Tensor, v: Tensor) -> None:
         if value.device != A.device:
             raise ValueError(f"{name} must be on the device of A, {A.device}, got {value.device}")
     _check_batch(d, A, v)
-
-
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} must be float32 or float64, got {value.dtype}")
 
 
 def _check_matrix(A: Tensor) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from ..checks import check_integer
 
 __all__ = ["require_blocks", "require_matrix", "require_size", "require_square"]
 
@@ -22,9 +23,8 @@ def require_square(name: str, value: Tensor) -> None:
 
 
 def require_size(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < 0:
+    check_integer(name, value)
+    if value < 0:  # type: ignore[operator]
         raise ValueError(f"{name} must not be negative, got {value}")
 
 
