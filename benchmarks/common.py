@@ -9,9 +9,20 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["Spread", "error", "markdown", "peak_bytes", "ratio", "seconds", "spread", "take_turns"]
+__all__ = [
+    "Spread",
+    "error",
+    "markdown",
+    "peak_bytes",
+    "ratio",
+    "seconds",
+    "spread",
+    "take_turns",
+    "warm_up",
+]
 
 
 class Spread(NamedTuple):
@@ -20,6 +31,14 @@ class Spread(NamedTuple):
     median: float
     low: float
     high: float
+
+
+def warm_up() -> None:
+    """The first threaded call of a vectorised function in a process can be wrong by 3e-9
+    (pytorch#188792), and a kernel matrix then is not symmetric: each is called here once."""
+    one = torch.ones(1)
+    for f in (torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos, torch.tanh, torch.erf):
+        f(one), f(one.double())
 
 
 def spread(values: Iterable[float]) -> Spread:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from cases import TARGETS, Case, Target, curves, grid, problem
-from common import Spread, error, markdown, peak_bytes, ratio, take_turns
+from common import Spread, error, markdown, peak_bytes, ratio, take_turns, warm_up
 from peers import PEERS, one_cholesky_per_output
 from torch import Tensor
 
@@ -289,6 +289,7 @@ def main() -> None:
     options = parser.parse_args()
     settings = Settings(options.threads, options.repeats, options.seconds, options.output)
     torch.set_num_threads(settings.threads)
+    warm_up()
     print(_machine(settings))
     if options.targets:
         report_targets(settings)
