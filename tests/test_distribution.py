@@ -126,11 +126,14 @@ def test_rows_in_number_enough_for_another_route(kind: str, route: str) -> None:
     check_whitened(d.sample((2000,)), dense(p))
 
 
-def test_draw_and_divergence_diagonalise_once() -> None:
+@pytest.mark.parametrize(("kind", "diagonalised"), [("rbf", 0), ("matern12", 1)])
+def test_draw_and_divergence_use_the_factorisation(kind: str, diagonalised: int) -> None:
+    """Of low rank, or by Cholesky factors: then the first draw needs the eigenvectors of M."""
     with Recorder() as recorder:
-        d = kronecker(make_problem(100, 2, kind="rbf"))
+        d = kronecker(make_problem(100, 2, kind=kind))
         d.rsample(), d.expand((2,)).rsample(), kl_divergence(d, d), d.entropy()
-    assert sum((100,) in shapes for name, shapes in recorder.calls if name == "eigen") == 1
+    assert recorder.count("eigen") == diagonalised
+    assert recorder.count("whiten") == 1
 
 
 def test_large_problem_without_its_covariance() -> None:

@@ -82,12 +82,14 @@ class KroneckerPlusNoise(Waist):
 
     # --- linear algebra --------------------------------------------------------------------------
 
+    @full_precision
     def matmul(self, Y: Tensor) -> Tensor:
         """U·Y = M Y Kᵀ + Y Σᵀ: (*batch, T, D), without a factorisation. Defined for any square M, K
         and Σ, with the plain gradient. Cost: O(T²·D + T·D²)."""
         self.check_data("Y", Y)
         return self.multiply(Y)
 
+    @full_precision
     def solve(self, Y: Tensor) -> Tensor:
         """U⁻¹·Y: (*batch, T, D). Cost: O(T²·D + T·D²) after the factorisation."""
         self.check_data("Y", Y)
@@ -97,6 +99,7 @@ class KroneckerPlusNoise(Waist):
         """log det U: (*batch)."""
         return self.quad_logdet(None)[1]
 
+    @full_precision
     def inv_quad_logdet(self, Y: Tensor) -> tuple[Tensor, Tensor]:
         """(vec(Y)ᵀ U⁻¹ vec(Y), log det U), each (*batch), from one factorisation."""
         batch = self.check_data("Y", Y)

@@ -28,9 +28,8 @@ class KroneckerNormal(Distribution):
 
     ``vec(Y) ~ N(vec(loc), U)``, U = M ⊗ K + I_T ⊗ Σ, vec(Y) = Y.reshape(T·D): the distribution of
     ``MultivariateNormal(loc.reshape(T·D), U)`` with event shape (T, D), and U never formed. It is
-    factorised once for all operations, and ``expand`` keeps the factorisation. (Where ``log_prob``
-    and ``entropy`` can do without diagonalising M, ``rsample`` and ``kl_divergence`` cannot: that
-    is done at the first of them, also once.)
+    factorised once for all operations, and ``expand`` keeps the factorisation. (Where that is by
+    Cholesky factors of shifted matrices, the first ``rsample`` diagonalises M, also once.)
 
     Args:
         loc: (*batch, T, D), the mean.
