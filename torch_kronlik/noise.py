@@ -143,6 +143,10 @@ class Diagonal(NamedTuple):
         Q = self._scaled(R)
         return Diagonal(sum_to((Q.square() @ weights[..., None]).squeeze(-1), to, 1))
 
+    def scaled_gradient(self, gradient: Diagonal, g: Tensor) -> Diagonal:
+        """g times a gradient, summed to the batch shape of s."""
+        return Diagonal(sum_to(g[..., None] * gradient.log_noise, self.batch, 1))
+
     def curvature(self, gradient: Diagonal, along: Diagonal) -> Diagonal:
         """The derivative of ``gradient`` along a direction, with the gradient in Σ held."""
         return Diagonal(along.log_noise * gradient.log_noise)
@@ -260,6 +264,10 @@ class Full(NamedTuple):
     def pull_back_columns(self, R: Tensor, weights: Tensor, to: Shape) -> Full:
         """The gradient R Diag(weights) Rᵀ."""
         return Full(sum_to((R * weights[..., None, :]) @ R.mT, to, 2))
+
+    def scaled_gradient(self, gradient: Full, g: Tensor) -> Full:
+        """g times a gradient, summed to the batch shape of Sigma."""
+        return Full(sum_to(g[..., None, None] * gradient.Sigma, self.batch, 2))
 
     def curvature(self, gradient: Full, along: Full) -> Full:
         """Zero: Σ is linear in Sigma."""

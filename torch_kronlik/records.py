@@ -11,8 +11,9 @@ stand there. An operator has one overload for each combination of registered rec
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
@@ -28,6 +29,7 @@ __all__ = [
     "expand_record",
     "layouts",
     "open_fields",
+    "own_layout",
 ]
 
 Scalar = Annotated[Tensor, 0]  # (*batch)
@@ -79,31 +81,40 @@ class Layout:
         hints = get_type_hints(record, include_extras=True)
         self.fields = [_field(f, hints[f], kinds) for f in record._fields]
         self.leaves: list[Leaf] = [leaf for field in self.fields for leaf in _leaves(field)]
+        # The fields of a record in order; a record that is None is as many Nones.
+        self.flatten = self._flatten()
+        # The record of a flat list; nested records without any value are records of Nones.
+        self.unflatten = self._unflatten()
 
-    def flatten(self, value: Any) -> list[Any]:
-        """The fields of ``value`` in order; a record that is None is as many Nones."""
-        if value is None:
-            return [None] * len(self.leaves)
-        out: list[Any] = []
-        for field, x in zip(self.fields, value, strict=True):
+    def _flatten(self) -> Callable[[Any], tuple[Any, ...]]:
+        """Written out as an expression, ``lambda v: (v[0], *f1(v[1]), v[2])``: every call of an
+        operator evaluates it."""
+        names: dict[str, Any] = {}
+        parts = []
+        for i, field in enumerate(self.fields):
             if isinstance(field, Layout):
-                out += field.flatten(x)
+                names |= {f"f{i}": field.flatten, f"n{i}": (None,) * len(field.leaves)}
+                parts.append(f"*(n{i} if v[{i}] is None else f{i}(v[{i}]))")
             else:
-                out.append(x)
-        return out
+                parts.append(f"v[{i}]")
+        return _function(f"lambda v: ({', '.join(parts)},)", names)
 
-    def unflatten(self, flat: Sequence[Any]) -> Any:
-        """The record of a flat list; nested records without any value are records of Nones."""
-        values, start = [], 0
+    def _unflatten(self) -> Callable[[Sequence[Any]], Any]:
+        names: dict[str, Any] = {}
+        return _function(f"lambda v: {self._expression(0, names)}", names)
+
+    def _expression(self, start: int, names: dict[str, Any]) -> str:
+        """``R(v[0], S(v[1], v[2]), v[3])``, with the records under ``names``."""
+        own, parts = f"R{len(names)}", []
+        names[own] = self.record
         for field in self.fields:
             if isinstance(field, Layout):
-                stop = start + len(field.leaves)
-                values.append(field.unflatten(flat[start:stop]))
+                parts.append(field._expression(start, names))
+                start += len(field.leaves)
             else:
-                stop = start + 1
-                values.append(flat[start])
-            start = stop
-        return self.record(*values)
+                parts.append(f"v[{start}]")
+                start += 1
+        return f"{own}({', '.join(parts)})"
 
     def schema(self) -> list[str]:
         """``"Tensor? M"`` for each leaf. A name that occurs twice gets that of its record."""
@@ -115,6 +126,11 @@ class Layout:
         ]
         pairs = zip(self.leaves, full, strict=True)
         return [f"{x.type}{'?' if x.optional else ''} {name}" for x, name in pairs]
+
+
+def _function(expression: str, names: dict[str, Any]) -> Callable[[Any], Any]:
+    found: Callable[[Any], Any] = eval(compile(expression, __file__, "eval"), names)
+    return found
 
 
 def _leaves(field: Leaf | Layout) -> list[Leaf]:
@@ -146,6 +162,12 @@ def _optional(field: Leaf | Layout) -> Leaf | Layout:
     return field._replace(optional=True)
 
 
+@functools.cache
+def own_layout(record: Any) -> Layout:
+    """The layout of a record without open fields."""
+    return Layout(record, {})
+
+
 def open_fields(record: Any) -> dict[type, tuple[int, ...]]:
     """Where a record of each kind stands: the positions that lead there, outside optional ones."""
     found: dict[type, tuple[int, ...]] = {}
@@ -170,5 +192,5 @@ def layouts(arguments: Any, results: Any) -> Iterator[tuple[tuple[type, ...], La
 
 def expand_record(record: Any, batch: Sequence[int]) -> Any:
     """A record of tensors with every batch shape expanded to ``batch``."""
-    leaves = zip(record, Layout(type(record), {}).leaves, strict=True)
+    leaves = zip(record, own_layout(type(record)).leaves, strict=True)  # type: ignore[arg-type]
     return type(record)(*(x.expand(*batch, *x.shape[x.dim() - f.core :]) for x, f in leaves))

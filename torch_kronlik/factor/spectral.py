@@ -48,10 +48,12 @@ class Spectral(NamedTuple):
 
     def outside(self, X: Tensor) -> Tensor:
         """(I − P Pᵀ) X for X (*batch, T, k)."""
-        rest = X - self.P @ (self.P.mT @ X)
-        # Once more: the first projection leaves rounding of the size of the part inside, which a
-        # small W would not have damped.
-        return rest - self.P @ (self.P.mT @ rest)
+        return self._rest(X - self.P @ (self.P.mT @ X))
+
+    def _rest(self, X: Tensor) -> Tensor:
+        """Once more: the first projection leaves rounding of the size of the part inside, which a
+        small W would not have damped."""
+        return X - self.P @ (self.P.mT @ X)
 
     def completed(self) -> Spectral:
         """The same with a complete basis: any orthonormal one of the complement, where s = 0."""
@@ -89,7 +91,8 @@ class Spectral(NamedTuple):
         if self.complement == 0:
             return None, self.P.mT @ Y @ self.R
         data = Y @ self.R
-        return self.outside(data), self.P.mT @ data
+        inside = self.P.mT @ data
+        return self._rest(data - self.P @ inside), inside
 
     def solve(self, Y: Tensor) -> Tensor:
         """A = U⁻¹·Y."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..batch import Shape, broadcast, outer_to, symmetric
 from ..factor import Factor
 from ..noise import Noise
-from ..records import Batch, Layout, Matrix
+from ..records import Batch, Matrix, own_layout
 from ..rows import RowMatrix, Rows
 
 __all__ = [
@@ -123,7 +123,7 @@ def is_empty(record: Any) -> bool:
 def empty_record(like: Any, to: Shape | None, new: Tensor) -> Any:
     """A record of the kind of ``like`` for gradients at the batch shape ``to``: its shapes, with
     one empty dimension where nothing is asked for."""
-    leaves = zip(like, Layout(type(like), {}).leaves, strict=True)
+    leaves = zip(like, own_layout(type(like)).leaves, strict=True)
     return type(like)(
         *(
             new.new_empty((0,) if to is None else (*to, *x.shape[x.dim() - leaf.core :]))
@@ -136,7 +136,7 @@ def batch_of(record: Any) -> torch.Size:
     """The joint batch shape of the tensors in a record; () where there are none."""
     if is_empty(record):
         return torch.Size()
-    leaves = zip(record, Layout(type(record), {}).leaves, strict=True)
+    leaves = zip(record, own_layout(type(record)).leaves, strict=True)
     return broadcast(*(x.shape[: x.dim() - leaf.core] for x, leaf in leaves if x is not None))
 
 

@@ -168,7 +168,7 @@ def _gradient(given: GradientArguments) -> Gradients:
             parts = parts._replace(rows=U.rows.pull_back(G, to.rows))
         sums = g_l[..., None] * col_s, g_l[..., None] * col_1
         parts = add_records(parts, _column_gradients(U, *sums, to))
-    return _filled(Gradients(gY, *parts), given)
+    return _filled(Gradients(gY, *parts), U)
 
 
 def _mapped(g: Maybe, to: Targets) -> Maybe:
@@ -193,15 +193,20 @@ def _column_gradients(U: Any, col_s: Tensor, col_1: Tensor, to: Targets) -> Dire
     return Direction(None, K, noise)
 
 
-def _filled(found: Gradients, given: GradientArguments) -> Gradients:
-    """Contiguous, and as announced where nothing was found."""
-    like = _gradient_fake(given)
-    Y, K = (e if x is None else x.contiguous() for x, e in ((found.Y, like.Y), (found.K, like.K)))
-    rows, noise = (
-        e if x is None else type(e)(*(y.contiguous() for y in x))
-        for x, e in ((found.rows, like.rows), (found.noise, like.noise))
+def _filled(found: Gradients, U: Any) -> Gradients:
+    """Contiguous, and of shape (0,) where nothing was asked for."""
+    return Gradients(
+        U.K.new_empty(0) if found.Y is None else found.Y.contiguous(),
+        _filled_record(found.rows, U.rows, U.K),
+        U.K.new_empty(0) if found.K is None else found.K.contiguous(),
+        _filled_record(found.noise, U.noise, U.K),
     )
-    return Gradients(Y, rows, K, noise)
+
+
+def _filled_record(found: Any, like: Any, new: Tensor) -> Any:
+    if found is None:
+        return empty_record(like, None, new)
+    return type(found)(*(x.contiguous() for x in found))
 
 
 def _gradient_fake(given: GradientArguments) -> Gradients:

@@ -78,20 +78,16 @@ def _fake(given: Arguments) -> Results:
 
 
 def _vjp(given: Arguments, made: Results, grads: Results, needs: Any) -> Arguments:
-    along = Gradients(grads.Y, Dense(grads.M), grads.K, grads.noise)
-    if torch.is_grad_enabled() or not is_empty(along):
+    moves = any(g is not None for g in (grads.Y, grads.M, grads.K, *grads.noise))
+    if moves or torch.is_grad_enabled():
+        along = Gradients(grads.Y, Dense(grads.M), grads.K, grads.noise)
         return _by_general_operators(given, grads.nll, along, needs)
-    batch_shapes = [X.shape[:-2] for X in given[:3]]
-    found = [
-        sum_to(grads.nll[..., None, None] * g, b, 2) if need else None
-        for g, b, need in zip(made[1:4], batch_shapes, needs[:3], strict=True)
-    ]
-    (tensor,), (gnoise,) = given.noise, made.noise
-    noise = None
-    if any(needs.noise):
-        core = tensor.dim() - len(given.noise.batch)
-        wide = grads.nll.reshape(grads.nll.shape + (1,) * core)
-        noise = type(given.noise)(sum_to(wide * gnoise, given.noise.batch, core))
+    g, (wants_noise,) = grads.nll[..., None, None], needs.noise
+    found = (
+        sum_to(g * x, argument.shape[:-2], 2) if need else None
+        for x, argument, need in zip(made[1:4], given[:3], needs[:3], strict=True)
+    )
+    noise = given.noise.scaled_gradient(made.noise, grads.nll) if wants_noise else None
     return Arguments(*found, noise, None)
 
 
