@@ -32,6 +32,7 @@ def block_diag_sum(A: Tensor, num_blocks: int) -> Tensor:
 
     Cost: p·m·n reads and additions.
 
+    >>> import torch
     >>> A = torch.arange(16.0).reshape(4, 4)
     >>> block_diag_sum(A, 2)
     tensor([[10., 12.],
@@ -62,6 +63,7 @@ def block_diag(A: Tensor, k: int, num_blocks: int) -> Tensor:
 
     Cost: none, no entry is read.
 
+    >>> import torch
     >>> block_diag(torch.arange(16.0).reshape(4, 4), 1, 2)
     tensor([[10., 11.],
             [14., 15.]])

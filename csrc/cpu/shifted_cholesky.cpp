@@ -18,9 +18,7 @@ constexpr int64_t kTile = 32;
 template <typename T>
 KRON_CLONES void fill(const T* m, const ShiftedCholesky& c, T lam, int64_t begin, int64_t end,
                       T* L) {
-  for (int64_t i = begin; i < end; ++i) {
-    shifted_row(m + i * c.m_row, c.m_col, lam, i, c.T, L + i * c.T);
-  }
+  shifted_rows(m, c.m_row, c.m_col, lam, begin, end, c.T, L);
 }
 
 template <typename T>

@@ -1,11 +1,10 @@
 #pragma once
 
-// C_j = λ_j M + I for the non-zero λ_j (docs/maths.md, section 4): the factor of each, and what the gradients of
-// log det need of the inverses,
+// C_j = λ_j M + I for the non-zero λ_j (docs/maths.md, section 4): the factor of each, and what the
+// gradients of log det need of the inverses,
 //   rows = Σ_j λ_j C_j⁻¹    with_M_j = ⟨M, C_j⁻¹⟩    plain_j = tr C_j⁻¹
-// C is made of a symmetric M. ⟨M, C_j⁻¹⟩ is the same for any M with that symmetric part. Matrices
-// are row-major and only their lower triangles are computed; LAPACK, which counts by columns, calls
-// them upper.
+// M is taken by its symmetric part. Matrices are row-major and only their lower triangles are
+// computed; LAPACK, which counts by columns, calls them upper.
 
 #include "../batch.h"
 
@@ -17,12 +16,25 @@ struct ShiftedCholesky {
   BatchLayout m_batch, lam_batch;
 };
 
-// Row i of C = λ M + I, zeros above the diagonal.
+// The rows begin to end of C = λ (M + Mᵀ)/2 + I, zeros above the diagonal: in tiles, since M is
+// read along its columns too. Halves first: the sum of two entries may exceed the range of T.
 template <typename T>
-KRON_HD void shifted_row(const T* m, int64_t m_col, T lam, int64_t i, int64_t size, T* row) {
-  for (int64_t k = 0; k <= i; ++k) row[k] = lam * m[k * m_col];
-  row[i] += T(1);
-  for (int64_t k = i + 1; k < size; ++k) row[k] = T(0);
+KRON_HD void shifted_rows(const T* m, int64_t m_row, int64_t m_col, T lam, int64_t begin,
+                          int64_t end, int64_t size, T* C) {
+  constexpr int64_t kWide = 32;
+  for (int64_t k0 = 0; k0 < end; k0 += kWide) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t last = k0 + kWide < i + 1 ? k0 + kWide : i + 1;
+      for (int64_t k = k0; k < last; ++k) {
+        C[i * size + k] =
+            lam * (T(0.5) * m[i * m_row + k * m_col] + T(0.5) * m[k * m_row + i * m_col]);
+      }
+    }
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    C[i * size + i] += T(1);
+    for (int64_t k = i + 1; k < size; ++k) C[i * size + k] = T(0);
+  }
 }
 
 // Adds λ times row i of an inverse, and returns the part of ⟨M, C⁻¹⟩ on and below the diagonal.

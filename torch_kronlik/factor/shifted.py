@@ -34,7 +34,6 @@ def without_zeros(lam: Tensor) -> Tensor:
 def factors(M: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     """L_j and log det C_j for each λ_j of ``lam`` (*batch, n): (*batch, n, T, T), (*batch, n)."""
     require_finite(M, M=M)
-    M = mean_with_transpose(M)
     made = ops.shifted_cholesky if _is_native(M) else _factors_by_torch
     L, logdet, status = made(M, lam)
     if bool(status.any()):
@@ -51,7 +50,7 @@ def _factors_by_torch(M: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each is factorised where it is stored, where there is no batch. LAPACK counts by columns: to
     it, a lower triangle stored by rows is an upper one."""
     n, T = lam.shape[-1], M.shape[-1]
-    batch = broadcast(M.shape[:-2], lam.shape[:-1])
+    batch, M = broadcast(M.shape[:-2], lam.shape[:-1]), mean_with_transpose(M)
     L = M.new_empty((*batch, n, T, T))
     info = M.new_empty((*batch, n), dtype=torch.int32)
     for j, C in enumerate(L.unbind(-3)):
@@ -69,7 +68,7 @@ def _inverses_by_torch(L: Tensor, M: Tensor, lam: Tensor) -> tuple[Tensor, Tenso
         torch.cholesky_inverse(own.mT, upper=True, out=inverse.mT)
         rows.addcmul_(inverse, lam[..., j, None, None])
         plain[..., j] = _trace(inverse)
-        with_M[..., j] = inverse.mul_(M).sum((-2, -1))
+        with_M[..., j] = inverse.mul_(M).sum((-2, -1))  # of M's symmetric part: C_j⁻¹ has no other
     return rows, with_M, plain
 
 
