@@ -62,7 +62,9 @@ KRON_CLONES KRON_FLATTEN void load_problem(const SmallNll& s, const SmallTensors
   int outside = 0;
   for (int64_t i = 0; i < s.T; ++i) {
     T* row = &p.m[i * padded(s.T)];
-    for (int64_t k = 0; k < s.T; ++k) {
+    // The tiles up to the diagonal are all that is used, and they hold every entry's mean.
+    const int64_t last = std::min(s.T, (i / kTile + 1) * kTile);
+    for (int64_t k = 0; k < last; ++k) {
       row[k] = symmetric_entry(s, m, i, k);
       outside |= !(range_test(p.basis, row[k]) == 0);
     }
