@@ -7,9 +7,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "batch.h"
@@ -20,22 +21,32 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
+inline std::string text(const char* words) { return words; }
+inline std::string text(int64_t number) { return std::to_string(number); }
+
+// Throws what becomes a RuntimeError in Python, unless the condition holds. No stream: in a library
+// linked with a C++ runtime of its own, as some compilers do, writing a number to one crashes.
+template <typename... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (!condition) throw std::runtime_error((text(parts) + ...));
+}
+
 // Calls f with a value of the C++ type of dtype.
 template <typename F>
 void dispatch_floating(const Tensor& t, const char* op, F&& f) {
   if (t.scalar_type() == ScalarType::Double) return f(double{});
   if (t.scalar_type() == ScalarType::Float) return f(float{});
-  STD_TORCH_CHECK(false, op, ": expected float32 or float64");
+  check(false, op, ": expected float32 or float64");
 }
 
 inline void check_alike(const Tensor& a, const Tensor& b, const char* op) {
-  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), op, ": tensors differ in dtype");
-  STD_TORCH_CHECK(a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index(), op,
-                  ": tensors are on different devices");
+  check(a.scalar_type() == b.scalar_type(), op, ": tensors differ in dtype");
+  check(a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index(), op,
+        ": tensors are on different devices");
 }
 
 inline void check_min_dim(const Tensor& t, int64_t dim, const char* op) {
-  STD_TORCH_CHECK(t.dim() >= dim, op, ": expected at least ", dim, " dimensions, got ", t.dim());
+  check(t.dim() >= dim, op, ": expected at least ", dim, " dimensions, got ", t.dim());
 }
 
 inline int64_t product(const Sizes& sizes) {
@@ -62,8 +73,8 @@ inline Sizes broadcast(const Sizes& a, const Sizes& b, const char* op) {
   const size_t shift = longer.size() - shorter.size();
   for (size_t d = 0; d < shorter.size(); ++d) {
     int64_t& size = result[shift + d];
-    STD_TORCH_CHECK(size == shorter[d] || size == 1 || shorter[d] == 1, op, ": batch sizes ", size,
-                    " and ", shorter[d], " do not broadcast");
+    check(size == shorter[d] || size == 1 || shorter[d] == 1, op, ": batch sizes ", size, " and ",
+          shorter[d], " do not broadcast");
     if (size == 1) size = shorter[d];
   }
   return result;
@@ -86,8 +97,8 @@ inline BatchLayout batch_layout(const Tensor& t, int64_t core_dims, const Sizes&
       layout.stride[last] = stride;
       continue;
     }
-    STD_TORCH_CHECK(layout.dims < BatchLayout::kMaxDims, "more than ", BatchLayout::kMaxDims,
-                    " batch dimensions that cannot be merged");
+    check(layout.dims < BatchLayout::kMaxDims, "more than ", BatchLayout::kMaxDims,
+          " batch dimensions that cannot be merged");
     layout.size[layout.dims] = batch[d];
     layout.stride[layout.dims] = stride;
     ++layout.dims;

@@ -21,10 +21,10 @@ namespace torch_kronlik {
 inline Blocks blocks_of(const Tensor& A, int64_t num_blocks) {
   const char* op = "block_diag_sum";
   check_min_dim(A, 2, op);
-  STD_TORCH_CHECK(num_blocks >= 1, op, ": num_blocks must be positive, got ", num_blocks);
+  check(num_blocks >= 1, op, ": num_blocks must be positive, got ", num_blocks);
   const int64_t rows = A.size(A.dim() - 2), cols = A.size(A.dim() - 1);
-  STD_TORCH_CHECK(rows % num_blocks == 0 && cols % num_blocks == 0, op, ": ", rows, " x ", cols,
-                  " is not made of ", num_blocks, " x ", num_blocks, " blocks");
+  check(rows % num_blocks == 0 && cols % num_blocks == 0, op, ": ", rows, " x ", cols,
+        " is not made of ", num_blocks, " x ", num_blocks, " blocks");
   Blocks s;
   s.p = num_blocks;
   s.m = rows / num_blocks;
@@ -52,8 +52,7 @@ inline OutStrides run_along_contiguous(Blocks& s) {
 
 inline BlockExpand expansion_of(const Tensor& S, int64_t num_blocks) {
   check_min_dim(S, 2, "block_diag_expand");
-  STD_TORCH_CHECK(num_blocks >= 1, "block_diag_expand: num_blocks must be positive, got ",
-                  num_blocks);
+  check(num_blocks >= 1, "block_diag_expand: num_blocks must be positive, got ", num_blocks);
   BlockExpand e;
   e.p = num_blocks;
   e.m = S.size(S.dim() - 2);
@@ -86,8 +85,8 @@ inline Sizes factor_batch(const Tensor& s, const Tensor& lam, const char* op) {
 inline Sizes scale_batch(const Tensor& s, const Tensor& lam, const Tensor& Y, const char* op) {
   check_min_dim(Y, 2, op);
   check_alike(s, Y, op);
-  STD_TORCH_CHECK(Y.size(Y.dim() - 2) == s.size(s.dim() - 1), op, ": Y and s differ in T");
-  STD_TORCH_CHECK(Y.size(Y.dim() - 1) == lam.size(lam.dim() - 1), op, ": Y and lam differ in D");
+  check(Y.size(Y.dim() - 2) == s.size(s.dim() - 1), op, ": Y and s differ in T");
+  check(Y.size(Y.dim() - 1) == lam.size(lam.dim() - 1), op, ": Y and lam differ in D");
   return broadcast(factor_batch(s, lam, op), batch_sizes(Y, 2), op);
 }
 
@@ -106,8 +105,8 @@ inline PivotedCholesky pivoted_cholesky_of(const Tensor& M, int64_t max_rank) {
   check_min_dim(M, 2, op);
   PivotedCholesky c;
   c.T = M.size(M.dim() - 1);
-  STD_TORCH_CHECK(M.size(M.dim() - 2) == c.T, op, ": M is not square");
-  STD_TORCH_CHECK(max_rank >= 0, op, ": max_rank is negative");
+  check(M.size(M.dim() - 2) == c.T, op, ": M is not square");
+  check(max_rank >= 0, op, ": max_rank is negative");
   c.max_rank = max_rank;
   c.row_stride = M.stride(M.dim() - 2);
   c.col_stride = M.stride(M.dim() - 1);
@@ -141,10 +140,10 @@ inline SmallNll small_nll_of(const Tensor& Y, const Tensor& M, const Tensor& K, 
   s.T = Y.size(Y.dim() - 2);
   s.D = Y.size(Y.dim() - 1);
   s.full_noise = full_noise;
-  STD_TORCH_CHECK(s.T <= largest_T && s.D >= 1 && s.D <= kMaxSmallD, op, ": too large");
-  STD_TORCH_CHECK(is(M, s.T, s.T) && is(K, s.D, s.D), op, ": Y, M and K do not fit");
-  STD_TORCH_CHECK(noise.size(noise.dim() - 1) == s.D, op, ": the noise does not fit");
-  STD_TORCH_CHECK(!full_noise || is(noise, s.D, s.D), op, ": the noise does not fit");
+  check(s.T <= largest_T && s.D >= 1 && s.D <= kMaxSmallD, op, ": too large");
+  check(is(M, s.T, s.T) && is(K, s.D, s.D), op, ": Y, M and K do not fit");
+  check(noise.size(noise.dim() - 1) == s.D, op, ": the noise does not fit");
+  check(!full_noise || is(noise, s.D, s.D), op, ": the noise does not fit");
   s.y_row = stride(Y, 2), s.y_col = stride(Y, 1);
   s.m_row = stride(M, 2), s.m_col = stride(M, 1);
   s.k_row = stride(K, 2), s.k_col = stride(K, 1);
@@ -196,10 +195,10 @@ inline Sizes whiten_small_batch(const Tensor& K, const Tensor& noise, bool full_
   check_min_dim(noise, core, op);
   check_alike(K, noise, op);
   const int64_t D = K.size(K.dim() - 1);
-  STD_TORCH_CHECK(D >= 1 && D <= kMaxSmallD, op, ": too large");
-  STD_TORCH_CHECK(K.size(K.dim() - 2) == D && noise.size(noise.dim() - 1) == D &&
-                      noise.size(noise.dim() - core) == D,
-                  op, ": K and the noise do not fit");
+  check(D >= 1 && D <= kMaxSmallD, op, ": too large");
+  check(K.size(K.dim() - 2) == D && noise.size(noise.dim() - 1) == D &&
+            noise.size(noise.dim() - core) == D,
+        op, ": K and the noise do not fit");
   return broadcast(batch_sizes(K, 2), batch_sizes(noise, core), op);
 }
 
@@ -222,8 +221,8 @@ inline Sizes shifted_batch(const Tensor& M, const Tensor& lam) {
   check_min_dim(M, 2, op);
   check_min_dim(lam, 1, op);
   check_alike(M, lam, op);
-  STD_TORCH_CHECK(M.size(M.dim() - 1) == M.size(M.dim() - 2), op, ": M is not square");
-  STD_TORCH_CHECK(M.size(M.dim() - 1) <= std::numeric_limits<int>::max(), op, ": too large");
+  check(M.size(M.dim() - 1) == M.size(M.dim() - 2), op, ": M is not square");
+  check(M.size(M.dim() - 1) <= std::numeric_limits<int>::max(), op, ": too large");
   return broadcast(batch_sizes(M, 2), batch_sizes(lam, 1), op);
 }
 

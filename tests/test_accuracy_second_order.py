@@ -85,7 +85,9 @@ def test_second_derivatives(kind: str, noise: str, scale: float, method: str) ->
 
     dense = second(all_results(reference), jacrev, jacrev)
     lost = max(error(a, b) for a, b in zip(dense, expected, strict=True))
+    # In log det the parts T of the curvature in log_noise cancel down to T / scale.
+    least = 500 * EPS if scale <= 1 else 10_000 * EPS
     for outer, inner in ((jacfwd, jacrev), (jacrev, jacfwd)):
         actual = second(all_results(tk, method=method), outer, inner)
         for name, a, b in zip(NAMES, actual, expected, strict=True):
-            assert error(a, b) <= max(10 * lost, 500 * EPS), name
+            assert error(a, b) <= max(10 * lost, least), name

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from devices import not_emulated
 
 from torch_kronlik import __main__ as diagnostics
 from torch_kronlik import ops
@@ -33,17 +31,9 @@ BAD_CALLS = [
 
 @pytest.mark.parametrize(("op", "args", "message"), BAD_CALLS)
 def test_direct_calls_are_checked(op, args, message):
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=message) as error:
         op(*args)
-
-
-@not_emulated("its kernels are compiled elsewhere")
-@pytest.mark.parametrize(("op", "args", "message"), BAD_CALLS)
-def test_errors_do_not_show_the_build_machine(op, args, message):
-    with pytest.raises(RuntimeError) as error:
-        op(*args)
-    paths = re.findall(r"\S+\.(?:cpp|h)\b", str(error.value))
-    assert all(not path.startswith("/") for path in paths if "csrc" in path)
+    assert "/" not in str(error.value)  # no path of the machine that built it
 
 
 def test_many_batch_dimensions():

@@ -104,8 +104,8 @@ def test_low_rank_route_hands_over(noise: str) -> None:
 
 
 def test_low_rank_route_makes_no_large_eigenproblem() -> None:
-    p = make_problem(120, 2, noise="diagonal")
-    p = p._replace(M=of_rank(120, 5) / 64)
+    p = make_problem(256, 2, noise="diagonal")
+    p = p._replace(M=of_rank(256, 5) / 64)
     with Recorder() as recorded:
         nll(p, "auto")
     assert max(shape[-1] for shape in recorded.shapes("linalg_eigh")) == 5

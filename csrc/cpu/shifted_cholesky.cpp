@@ -152,8 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> shifted_inverses(const Tensor& L, const Tenso
   const ShiftedCholesky c = shifted_cholesky_of(M, lam, batch);
   const Tensor factors = torch::stable::contiguous(L);
   check_alike(L, M, "shifted_inverses");
-  STD_TORCH_CHECK(batch_sizes(L, 0) == concat(batch, {c.n, c.T, c.T}),
-                  "shifted_inverses: L does not fit");
+  check(batch_sizes(L, 0) == concat(batch, {c.n, c.T, c.T}), "shifted_inverses: L does not fit");
   Tensor rows = torch::stable::new_zeros(M, concat(batch, {c.T, c.T}));
   Tensor with_M = torch::stable::new_empty(M, concat(batch, {c.n}));
   Tensor plain = torch::stable::new_empty(M, concat(batch, {c.n}));

@@ -39,14 +39,14 @@ class Launcher {
   template <typename... Params, typename... Args>
   void blocks_of(int threads, int64_t count, void (*kernel)(Params...), Args... args) const {
     if (count == 0) return;
-    STD_TORCH_CHECK(count <= std::numeric_limits<int32_t>::max(), "too large for one CUDA grid");
+    check(count <= std::numeric_limits<int32_t>::max(), "too large for one CUDA grid");
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(count));
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.stream = stream_;
     cudaLaunchKernelEx(&config, kernel, args...);
     const cudaError_t error = cudaGetLastError();  // taken away, not left for the next to find
-    STD_TORCH_CHECK(error == cudaSuccess, "CUDA launch failed: ", cudaGetErrorString(error));
+    check(error == cudaSuccess, "CUDA launch failed: ", cudaGetErrorString(error));
   }
 
  private:

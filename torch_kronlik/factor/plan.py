@@ -2,7 +2,7 @@
 
 All routes are exact to rounding, so the choice is about time alone, and it is made from the sizes,
 the numerical rank of M, the rank of K and the type of device. The constants were read off
-``benchmarks/likelihood.py --full`` and, on a GPU, are to be read off ``benchmarks/gpu.py``.
+``benchmarks/likelihood.py --full`` and, for GPUs, off ``benchmarks/gpu.py``.
 """
 
 from __future__ import annotations
@@ -78,14 +78,18 @@ CPU = Costs(
     small_D=16,
 )
 
-# Estimates until they are measured: cuSOLVER's eigensolver is slow, for a low rank too, and
-# its Cholesky is not; a pivoted Cholesky is a launch for each column; a matrix of a small problem
-# has to fit into shared memory.
+# Measured on an H100, float64, value and gradients: benchmarks/results/gpu.md.
+# Up to T = 128 the low-rank route takes as long as the spectral one: 5 ms, most of them the host's.
+# At T = 256 it takes 0.9 times as long, at 1024 a third, at 4096 a twentieth. To seek a rank of T/8
+# in vain costs 3 to 5 % of what follows.
+# Spectral to Cholesky route cross at 5 non-zero λ_j for T = 512, at 6 for 1024 and 2048, at 9 for
+# 4096, where each λ_j is a T×T matrix of memory too.
+# A matrix of a small problem has to fit into shared memory.
 CUDA = Costs(
-    smallest_low_rank=96,
-    rank_fraction=32,
+    smallest_low_rank=256,
+    rank_fraction=8,
     easy_rank=64,
-    eigh_in_choleskys=30.0,
+    eigh_in_choleskys=6.5,
     small_T=64,
     small_D=16,
 )

@@ -25,7 +25,7 @@ from ..records import Matrix, Vector
 from .base import Rows
 from .row_matrix import RowMatrix
 
-__all__ = ["SymmetricEigen", "eigen", "eigh", "rounded", "symmetric_eigen"]
+__all__ = ["SymmetricEigen", "eigen", "eigh", "precise_eigh", "rounded", "symmetric_eigen"]
 
 
 @Rows.register
@@ -166,9 +166,18 @@ def eigen(M: Tensor) -> tuple[Tensor, Tensor]:
 def eigh(X: Tensor, **arguments: Tensor | None) -> tuple[Tensor, Tensor]:
     """``torch.linalg.eigh`` of X, which was made of these arguments."""
     require_finite(X, **arguments)
-    values, vectors = torch.linalg.eigh(X)
+    values, vectors = precise_eigh(X)
     require_finite(values, **arguments)
     return values, vectors
+
+
+def precise_eigh(X: Tensor) -> tuple[Tensor, Tensor]:
+    """``torch.linalg.eigh`` as LAPACK's precision has it: the float32 solvers of cuSOLVER lose
+    thirty times as much, and its float64 ones take a third longer."""
+    if X.is_cuda and X.dtype == torch.float32:
+        values, vectors = torch.linalg.eigh(X.double())
+        return values.float(), vectors.float()
+    return torch.linalg.eigh(X)
 
 
 def rounded(values: Tensor) -> Tensor:

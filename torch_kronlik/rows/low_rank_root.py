@@ -12,6 +12,7 @@ from ..derivatives import define_flat, register
 from ..errors import require_finite
 from ..records import Matrix
 from .base import Rows
+from .eigen import precise_eigh
 from .row_matrix import RowMatrix
 
 __all__ = ["LowRankRoot"]
@@ -110,7 +111,7 @@ def eigen_of_root(F: Tensor) -> tuple[Tensor, Tensor]:
     """F Fᵀ = P Diag(s) Pᵀ for F (*batch, T, r): s (*batch, min(T, r)), P (*batch, T, min(T, r))."""
     # F = Q C: the factor C keeps the small eigenvalues that FᵀF would lose.
     Q, C = torch.linalg.qr(F)
-    s, V = torch.linalg.eigh(C @ C.mT)
+    s, V = precise_eigh(C @ C.mT)
     # What eigh returns below zero for a Gram matrix is rounding.
     return s.clamp_(min=0), Q @ V
 
