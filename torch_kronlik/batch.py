@@ -18,6 +18,7 @@ __all__ = [
     "outer_to",
     "sum_to",
     "symmetric",
+    "unflatten",
 ]
 
 
@@ -78,3 +79,9 @@ def mean_with_transpose(X: Tensor) -> Tensor:
 def symmetric(X: Tensor) -> Tensor:
     """The symmetric part (X + Xᵀ)/2."""
     return torch.add(X, X.mT).mul(0.5)
+
+
+def unflatten(X: Tensor, dim: int, sizes: Shape) -> Tensor:
+    """``X.unflatten(dim, sizes)``, which has no annotation."""
+    out: Tensor = X.unflatten(dim, sizes)
+    return out

@@ -18,6 +18,8 @@ __all__ = [
     "check_floating",
     "check_integer",
     "check_noise",
+    "check_observed",
+    "check_row_noise",
     "check_rows",
     "check_sample_shape",
     "check_square",
@@ -101,6 +103,52 @@ def check_noise(K: Tensor, Sigma: Tensor | None, log_noise: Tensor | None) -> No
         _check_agreement("Sigma", Sigma, "(*batch, D, D)", 2, K)
     if log_noise is not None:
         _check_agreement("log_noise", log_noise, "(*batch, D)", 1, K)
+
+
+def check_row_noise(
+    shape: tuple[int, int],
+    Sigma: Tensor | None,
+    log_noise: Tensor | None,
+    row_Sigma: Tensor | None,
+    row_log_noise: Tensor | None,
+    row_scale: Tensor | None,
+) -> None:
+    """Exactly one noise argument of four, the last two for each of the T rows; a scale for each row
+    beside one of the first two."""
+    given = {"Sigma": Sigma, "log_noise": log_noise, "row_Sigma": row_Sigma}
+    given["row_log_noise"] = row_log_noise
+    names = [name for name, x in given.items() if x is not None]
+    if len(names) != 1:
+        raise ValueError(
+            f"exactly one of {', '.join(given)} must be given, got {' and '.join(names) or 'none'}"
+        )
+    T, D = shape
+    cores = {
+        "row_Sigma": (row_Sigma, (T, D, D), "(*batch, T, D, D)"),
+        "row_log_noise": (row_log_noise, (T, D), "(*batch, T, D)"),
+        "row_scale": (row_scale, (T,), "(*batch, T)"),
+    }
+    for name, (x, core, words) in cores.items():
+        if x is not None and tuple(x.shape[-len(core) :]) != core:
+            raise ValueError(
+                f"{name} must have shape {words} with T = {T} (from M) and D = {D} (from K), "
+                f"got {tuple(x.shape)}"
+            )
+    if row_scale is not None and names[0].startswith("row"):
+        raise ValueError(f"row_scale goes with Sigma or log_noise, got {names[0]}")
+
+
+def check_observed(observed: object, shape: tuple[int, int], device: torch.device) -> None:
+    if not isinstance(observed, Tensor) or observed.dtype != torch.bool:
+        got = observed.dtype if isinstance(observed, Tensor) else type(observed).__name__
+        raise TypeError(f"observed must be a tensor of bool, such as ~Y.isnan(), got {got}")
+    if observed.device != device:
+        raise ValueError(f"observed must be on the device of K, {device}, got {observed.device}")
+    if tuple(observed.shape[-2:]) != shape:
+        raise ValueError(
+            f"observed must have shape (*batch, T, D) with T = {shape[0]} (from M) and "
+            f"D = {shape[1]} (from K), got {tuple(observed.shape)}"
+        )
 
 
 def _check_agreement(name: str, noise: Tensor, shape: str, core: int, K: Tensor) -> None:

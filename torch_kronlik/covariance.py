@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .autocast import full_precision
-from .checks import check_noise, check_sample_shape, check_square, check_uniform
-from .noise import make_noise
-from .predict import KroneckerPosterior, leave_out
+from .checks import (
+    check_noise,
+    check_observed,
+    check_row_noise,
+    check_sample_shape,
+    check_square,
+    check_uniform,
+)
+from .noise import make_noise, make_row_noise
+from .predict import KroneckerPosterior, impute, leave_out
 from .rows import RowCovariance, as_rows
-from .waist import Waist, check_method
+from .waist import MatrixRoot, Waist, check_method, check_observed_method
 
 __all__ = ["KroneckerPlusNoise"]
 
@@ -28,10 +36,21 @@ class KroneckerPlusNoise(Waist):
         K: (*batch, D, D) symmetric positive semidefinite.
         Sigma: (*batch, D, D) symmetric positive definite noise covariance; or
         log_noise: (*batch, D), the logarithms s of the noise variances, Σ = Diag(exp(s)).
+        row_Sigma: (*batch, T, D, D), a noise covariance Σ_t for each row; or
+        row_log_noise: (*batch, T, D), the logarithms of its variances. Exactly one of the four
+            noises is given.
+        row_scale: (*batch, T), positive, with Sigma or log_noise: row t has the noise v_t Σ
+            (replicates, exposure).
+        observed: (*batch, T, D) of bool, True where an entry of Y is observed: ``~Y.isnan()``. U is
+            then the covariance of the observed entries alone. What stands in Y at the others, NaN
+            included, is not looked at. Results keep the shape (T, D) and are zero there; ``logdet``
+            and the densities are those of the observed entries.
         method: "auto", "spectral" (both factors diagonalised), "cholesky" (a T×T factorisation for
             each non-zero eigenvalue of K) or "low_rank" (M of low numerical rank; another M goes
             to "spectral"). Every method is exact to rounding; "auto" takes the cheapest. A
-            SymmetricEigen is diagonalised already: every method is "spectral" then.
+            SymmetricEigen is diagonalised already: every method is "spectral" then. With
+            ``observed`` or a noise for each row: "auto", "capacitance" (M of low rank: a matrix of
+            size r·D) or "dense" (the covariance of the observed entries itself).
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device or shape does not fit.
@@ -41,7 +60,9 @@ class KroneckerPlusNoise(Waist):
     eigenvalues are within rounding (T·eps times the largest one) may pass for semidefinite.
 
     Cost: O(T³ + D³) for the factorisation, O(T²·D + T·D²) for a solve; memory O(T² + T·D + D²).
-    Source: Rakitsch, Lippert, Borgwardt, Stegle 2013.
+    With ``observed`` or a noise for each row, and M of rank r: O(T·r²·D² + (r·D)³) and O(T·r·D);
+    with M of full rank and n observed entries: O(n³) and O((T·D)²).
+    Source: Rakitsch, Lippert, Borgwardt, Stegle 2013; docs/maths.md, "Observed entries".
 
     >>> U = KroneckerPlusNoise(torch.eye(3), torch.eye(2), log_noise=torch.zeros(2))
     >>> U.shape, U.logdet()
@@ -56,16 +77,38 @@ class KroneckerPlusNoise(Waist):
         *,
         Sigma: Tensor | None = None,
         log_noise: Tensor | None = None,
+        row_Sigma: Tensor | None = None,
+        row_log_noise: Tensor | None = None,
+        row_scale: Tensor | None = None,
+        observed: Tensor | None = None,
         method: str = "auto",
     ) -> None:
         self.M, self.Sigma, self.log_noise = M, Sigma, log_noise
+        self.row_Sigma, self.row_log_noise, self.row_scale = row_Sigma, row_log_noise, row_scale
         rows = as_rows(M)
-        check_uniform(**rows.named(), K=K, Sigma=Sigma, log_noise=log_noise)
+        of_rows = {"row_Sigma": row_Sigma, "row_log_noise": row_log_noise, "row_scale": row_scale}
+        is_per_row = observed is not None or any(x is not None for x in of_rows.values())
+        check_uniform(**rows.named(), K=K, Sigma=Sigma, log_noise=log_noise, **of_rows)
         rows.check()
         check_square("K", K, "D")
-        check_noise(K, Sigma, log_noise)
-        check_method(method)
-        super().__init__(rows, K, make_noise(Sigma, log_noise), method)
+        noise: Any = None
+        if is_per_row:
+            check_row_noise((rows.size, K.shape[-1]), Sigma, log_noise, **of_rows)
+        if Sigma is not None or log_noise is not None or not is_per_row:
+            check_noise(K, Sigma, log_noise)
+            noise = make_noise(Sigma, log_noise)
+        if not is_per_row:
+            check_method(method)
+            super().__init__(rows, K, noise, method)
+            return
+        shape = rows.size, K.shape[-1]
+        if observed is not None:
+            check_observed(observed, shape, K.device)
+        check_observed_method(method)
+        each = make_row_noise(noise, **of_rows, shape=shape, observed=observed)
+        super().__init__(rows, K, each, method, observed, noise)
+        own = (Sigma, log_noise, *of_rows.values(), observed)
+        self._watched += [x for x in own if x is not None]
 
     @property
     def shape(self) -> torch.Size:
@@ -74,7 +117,8 @@ class KroneckerPlusNoise(Waist):
         return torch.Size((*self.batch_shape, n, n))
 
     def __repr__(self) -> str:
-        (noise,) = self.noise.named()
+        names = ("Sigma", "log_noise", "row_Sigma", "row_log_noise")
+        noise = next(name for name in names if getattr(self, name) is not None)
         return (
             f"{type(self).__name__}(shape={tuple(self.shape)}, T={self.event_shape[0]}, "
             f"D={self.event_shape[1]}, noise={noise}, dtype={self.dtype}, device={self.device})"
@@ -133,8 +177,15 @@ class KroneckerPlusNoise(Waist):
         """
         check_sample_shape(sample_shape)
         shape = (*sample_shape, *self.batch_shape, *self.event_shape)
-        white = torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
-        return self.finite(self.root_matmul(white))
+
+        def white() -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
+
+        if not self.is_per_row:
+            return self.finite(self.root_matmul(white()))
+        rows = MatrixRoot(self.rows.dense(), "M").matmul(white())
+        signal = MatrixRoot(self.K, "K").matmul(rows.mT).mT
+        return self.seen(self.finite(signal + self.noise.root_matmul(white())))
 
     # --- data ------------------------------------------------------------------------------------
 
@@ -146,6 +197,14 @@ class KroneckerPlusNoise(Waist):
     def condition(self, Y: Tensor, M_cross: Tensor, M_test: Tensor) -> KroneckerPosterior:
         """The posterior at new rows, given data Y: see :func:`condition`."""
         return KroneckerPosterior(self, Y, M_cross, M_test)
+
+    def impute(self, Y: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, variance) of every entry that is not observed, noise included, given those that
+        are, each (*batch, T, D). Observed entries are as they are, with variance zero.
+
+        Cost: that of the posterior variances at T rows.
+        """
+        return impute(self, Y)
 
     def leave_one_out(self, Y: Tensor) -> tuple[Tensor, Tensor]:
         """Every entry of Y predicted from all its other entries: see :func:`leave_one_out`."""

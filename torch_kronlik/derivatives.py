@@ -65,6 +65,8 @@ def define_flat(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any
 
 
 Vjps = Callable[..., Any]
+Flatten = Callable[[Any], Sequence[Any]]
+Unflatten = Callable[[Sequence[Any]], Any]
 
 
 class Operator:
@@ -88,16 +90,17 @@ class Operator:
         self.name, self.arguments, self.results = name, arguments, results
         self._kernel, self._fake, self._vjp, self._jvp = kernel, fake, vjp, jvp
         self._open = list(open_fields(arguments).values())
-        self._overloads: dict[tuple[type, ...], tuple[Any, Layout, Layout]] = {}
+        # what flattens the arguments and makes the record of the results, beside the overload
+        self._overloads: dict[tuple[type, ...], tuple[Any, Flatten, Unflatten]] = {}
         self._define_overloads()
 
     def __call__(self, *fields: Any) -> Any:
         which = tuple([type(_at(fields, path)) for path in self._open])
         if which not in self._overloads:  # a record that was registered later
             self._define_overloads()
-        op, given, made = self._overloads[which]
-        out = op(*given.flatten(fields))
-        return out if isinstance(out, Tensor) else made.unflatten(out)
+        op, flatten, unflatten = self._overloads[which]
+        out = op(*flatten(fields))
+        return out if isinstance(out, Tensor) else unflatten(out)
 
     def overload(self, *records: type) -> Any:
         """PyTorch's overload for these records in the open fields."""
@@ -106,9 +109,11 @@ class Operator:
     def _define_overloads(self) -> None:
         for which, given, made in layouts(self.arguments, self.results):
             if which not in self._overloads:
-                self._overloads[which] = self._define(which, given, made), given, made
+                self._overloads[which] = self._define(which, given, made)
 
-    def _define(self, which: tuple[type, ...], given: Layout, made: Layout) -> Any:
+    def _define(
+        self, which: tuple[type, ...], given: Layout, made: Layout
+    ) -> tuple[Any, Flatten, Unflatten]:
         overload = "_".join(record.__name__.lower() for record in which)
         name = f"{self.name}.{overload}" if overload else self.name
         results = made.schema()
@@ -127,7 +132,7 @@ class Operator:
             core_dims=lambda *_: cores,
             batch_shapes=[i for i, x in enumerate(given.leaves) if x.is_batch],
         )
-        return op
+        return op, flat.flatten_given, flat.make
 
 
 def _at(fields: Any, path: Sequence[int]) -> Any:
@@ -140,34 +145,31 @@ class _Flat:
     """Kernels and rules on records, as kernels and rules on flat lists."""
 
     def __init__(self, given: Layout, made: Layout) -> None:
-        self.given, self.made = given, made
+        self.flatten_given, self.give = given.functions()
+        self.flatten_made, self.make = made.functions()
 
     def kernel(self, f: Callable[..., Any]) -> Callable[..., Any]:
         def flat(*args: Any) -> Any:
-            out = f(self.given.unflatten(args))
-            return out if isinstance(out, Tensor) else tuple(self.made.flatten(out))
+            out = f(self.give(args))
+            return out if isinstance(out, Tensor) else tuple(self.flatten_made(out))
 
         return flat
 
     def vjp(self, f: Vjps) -> Vjp:
         def flat(inputs: Any, outputs: Any, grads: Any, needs: Any) -> Sequence[Tensor | None]:
-            given, made = self.given, self.made
-            found = f(
-                given.unflatten(inputs),
-                made.unflatten(outputs),
-                made.unflatten(grads),
-                given.unflatten(needs),
-            )
-            return given.flatten(found)
+            give, make = self.give, self.make
+            found = f(give(inputs), make(outputs), make(grads), give(needs))
+            flattened: Sequence[Tensor | None] = self.flatten_given(found)
+            return flattened
 
         return flat
 
     def jvp(self, f: Vjps) -> Jvp:
         def flat(inputs: Any, outputs: Any, tangents: Any) -> Sequence[Tensor | None]:
-            given, made = self.given, self.made
             tangents = [*tangents, *[None] * (len(inputs) - len(tangents))]
-            out = f(given.unflatten(inputs), made.unflatten(outputs), given.unflatten(tangents))
-            return made.flatten(out)
+            out = f(self.give(inputs), self.make(outputs), self.give(tangents))
+            flattened: Sequence[Tensor | None] = self.flatten_made(out)
+            return flattened
 
         return flat
 

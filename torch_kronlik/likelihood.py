@@ -19,6 +19,10 @@ def kron_gaussian_nll(
     *,
     Sigma: Tensor | None = None,
     log_noise: Tensor | None = None,
+    row_Sigma: Tensor | None = None,
+    row_log_noise: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    observed: Tensor | None = None,
     method: str = "auto",
 ) -> Tensor:
     """Negative log density of vec(Y) ~ N(0, M ⊗ K + I_T ⊗ Σ), with its analytic gradient.
@@ -35,10 +39,14 @@ def kron_gaussian_nll(
         K: (*batch, D, D), covariance over outputs, symmetric positive semidefinite.
         Sigma: (*batch, D, D), noise covariance, symmetric positive definite; or
         log_noise: (*batch, D), logarithms s of the noise variances, Σ = Diag(exp(s)).
+        row_Sigma, row_log_noise, row_scale: noise that differs between rows, see
+            :class:`KroneckerPlusNoise`.
+        observed: (*batch, T, D) of bool, True where an entry of Y is observed, ``~Y.isnan()``. What
+            stands in Y at the others is not looked at, and its gradient is zero.
         method: see :class:`KroneckerPlusNoise`.
 
     Returns:
-        (*batch), in nats, the constant included, the total over T and D.
+        (*batch), in nats, the constant included, the total over the (observed) entries.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or is not finite.
@@ -56,4 +64,15 @@ def kron_gaussian_nll(
     >>> kron_gaussian_nll(Y, M, K, log_noise=torch.zeros(2))
     tensor(7.5931)
     """
-    return KroneckerPlusNoise(M, K, Sigma=Sigma, log_noise=log_noise, method=method).nll(Y)
+    U = KroneckerPlusNoise(
+        M,
+        K,
+        Sigma=Sigma,
+        log_noise=log_noise,
+        row_Sigma=row_Sigma,
+        row_log_noise=row_log_noise,
+        row_scale=row_scale,
+        observed=observed,
+        method=method,
+    )
+    return U.nll(Y)

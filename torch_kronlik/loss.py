@@ -29,8 +29,8 @@ class KroneckerGaussianNLLLoss(nn.Module):
         noise: "diagonal" for Σ = Diag(exp(log_noise)), "full" for Σ = L Lᵀ.
         init_noise: the noise variances to start from, in squared units of Y: a positive number, or
             D of them. Outputs start uncorrelated.
-        reduction: "mean" divides by the number of entries of Y, batch included (Y as broadcast with
-            M and K); "sum" adds the batch; "none" gives (*batch).
+        reduction: "mean" divides by the number of (observed) entries of Y, batch included (Y as
+            broadcast with M and K); "sum" adds the batch; "none" gives (*batch).
         device, dtype: of the parameters, as in every module of ``torch.nn``.
 
     Parameters:
@@ -43,6 +43,9 @@ class KroneckerGaussianNLLLoss(nn.Module):
         M: (*batch, T, T), covariance over rows, symmetric positive semidefinite; or a
             :class:`SymmetricEigen`, a constant diagonalised once.
         K: (*batch, D, D), covariance over outputs, symmetric positive semidefinite.
+        observed: (*batch, T, D) of bool, which entries of Y are observed, as in
+            :func:`kron_gaussian_nll`.
+        row_scale: (*batch, T), positive: row t has the noise v_t Σ.
 
     Returns:
         A scalar, or (*batch) where reduction = "none", in nats.
@@ -107,35 +110,52 @@ class KroneckerGaussianNLLLoss(nn.Module):
         return L @ L.mT
 
     @full_precision
-    def forward(self, Y: Tensor, M: RowCovariance, K: Tensor) -> Tensor:
+    def forward(
+        self,
+        Y: Tensor,
+        M: RowCovariance,
+        K: Tensor,
+        *,
+        observed: Tensor | None = None,
+        row_scale: Tensor | None = None,
+    ) -> Tensor:
         """The loss of residuals Y (*batch, T, D) at M (*batch, T, T) and K (*batch, D, D).
 
         Returns:
-            () or, with ``reduction="none"``, (*batch,); in nats, by default per entry of Y.
+            () or, with ``reduction="none"``, (*batch,); in nats, by default per (observed) entry.
 
         Raises:
             TypeError, ValueError, torch.linalg.LinAlgError: as :func:`kron_gaussian_nll`.
         """
         check_floating(K=K)
         check_square("K", K, "D", self.num_outputs)
-        if self.noise_structure == "diagonal":
-            nll = kron_gaussian_nll(Y, M, K, log_noise=self.log_noise)
-        else:
-            nll = kron_gaussian_nll(Y, M, K, Sigma=self.Sigma)
-        return _reduce(nll, Y.shape[-2] * Y.shape[-1], self.reduction)
+        is_diagonal = self.noise_structure == "diagonal"
+        nll = kron_gaussian_nll(
+            Y,
+            M,
+            K,
+            log_noise=self.log_noise if is_diagonal else None,
+            Sigma=None if is_diagonal else self.Sigma,
+            observed=observed,
+            row_scale=row_scale,
+        )
+        if observed is None or self.reduction != "mean":
+            return _reduce(nll, nll.numel() * Y.shape[-2] * Y.shape[-1], self.reduction)
+        entries = observed.sum((-2, -1)).expand(nll.shape).sum()
+        return _reduce(nll, entries, self.reduction)
 
     def extra_repr(self) -> str:
         return f"{self.num_outputs}, noise={self.noise_structure!r}, reduction={self.reduction!r}"
 
 
-def _reduce(nll: Tensor, entries: int, reduction: str) -> Tensor:
+def _reduce(nll: Tensor, entries: int | Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return nll
     if reduction == "sum":
         return nll.sum()
-    if nll.numel() * entries == 0:
+    if entries == 0:
         raise ValueError('Y has no entries to take the mean over; reduction="sum" gives 0')
-    return nll.sum() / (nll.numel() * entries)
+    return nll.sum() / entries
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

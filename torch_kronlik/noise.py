@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .batch import Shape, outer_to, sum_to, symmetric
+from .guards import finite
 from .records import Kind, Matrix, Vector
 
-__all__ = ["Diagonal", "Full", "Noise", "make_noise"]
+__all__ = ["Diagonal", "Full", "Noise", "PerRow", "make_noise", "make_row_noise", "rows_of"]
 
 
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ class Diagonal(NamedTuple):
     def batch(self) -> torch.Size:
         return self.log_noise.shape[:-1]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of Σ, and of a gradient in Σ, behind the batch."""
+        return self.log_noise.shape[-1], self.log_noise.shape[-1]
+
     def named(self) -> dict[str, Tensor]:
         return {"log_noise": self.log_noise}
 
@@ -55,9 +61,13 @@ class Diagonal(NamedTuple):
         """(*batch, D, D)"""
         return torch.diag_embed(self.log_noise.exp())
 
+    def blocks(self) -> Tensor:
+        """Σ of each row, (*batch, 1, D, D)."""
+        return self.matrix()[..., None, :, :]
+
     def diagonal(self) -> Tensor:
-        """(*batch, D)"""
-        return self.log_noise.exp()
+        """(*batch, 1, D)"""
+        return self.log_noise.exp()[..., None, :]
 
     def matmul(self, X: Tensor) -> Tensor:
         """X Σᵀ for X (*batch, T, D)."""
@@ -172,6 +182,11 @@ class Full(NamedTuple):
     def batch(self) -> torch.Size:
         return self.Sigma.shape[:-2]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of Σ, and of a gradient in Σ, behind the batch."""
+        return self.Sigma.shape[-2], self.Sigma.shape[-1]
+
     def named(self) -> dict[str, Tensor]:
         return {"Sigma": self.Sigma}
 
@@ -181,9 +196,13 @@ class Full(NamedTuple):
         """(*batch, D, D), the symmetric part."""
         return symmetric(self.Sigma)
 
+    def blocks(self) -> Tensor:
+        """Σ of each row, (*batch, 1, D, D)."""
+        return self.matrix()[..., None, :, :]
+
     def diagonal(self) -> Tensor:
-        """(*batch, D)"""
-        return self.Sigma.diagonal(dim1=-2, dim2=-1)
+        """(*batch, 1, D)"""
+        return self.Sigma.diagonal(dim1=-2, dim2=-1)[..., None, :]
 
     def matmul(self, X: Tensor) -> Tensor:
         """X Σᵀ for X (*batch, T, D)."""
@@ -229,7 +248,7 @@ class Full(NamedTuple):
 
     def order(self) -> Tensor:
         """The outputs in descending order of noise: (*batch, D)."""
-        return self.diagonal().argsort(-1, descending=True)
+        return self.Sigma.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
 
     def hidden(self) -> tuple[Tensor, ...]:
         """Nothing: a product shows what is not finite in Sigma."""
@@ -274,9 +293,143 @@ class Full(NamedTuple):
         return Full(torch.zeros_like(gradient.Sigma))
 
 
+@Noise.register
+class PerRow(NamedTuple):
+    """A noise Σ_t for each row t. Which entries are observed, the factorisation knows."""
+
+    row_Sigma: Matrix  # the matrices Σ_t, one below the other: (*batch, T·D, D)
+
+    @property
+    def is_curved(self) -> bool:
+        """Whether Σ is not linear in the own tensor."""
+        return False
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the own tensor is Σ itself."""
+        return True
+
+    @property
+    def batch(self) -> torch.Size:
+        return self.row_Sigma.shape[:-2]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the matrices Σ_t, and of a gradient in them, behind the batch."""
+        return self.row_Sigma.shape[-2], self.row_Sigma.shape[-1]
+
+    def named(self) -> dict[str, Tensor]:
+        return {"row_Sigma": self.row_Sigma}
+
+    # --- Σ ---------------------------------------------------------------------------------------
+
+    def blocks(self) -> Tensor:
+        """Σ_t, the symmetric parts: (*batch, T, D, D)."""
+        return symmetric(rows_of(self.row_Sigma))
+
+    def diagonal(self) -> Tensor:
+        """(*batch, T, D)"""
+        return rows_of(self.row_Sigma).diagonal(dim1=-2, dim2=-1)
+
+    def matmul(self, X: Tensor) -> Tensor:
+        """The rows Σ_t x_t for X (*batch, T, D)."""
+        return _each(rows_of(self.row_Sigma), X)
+
+    def transposed_matmul(self, X: Tensor) -> Tensor:
+        """The rows Σ_tᵀ x_t."""
+        return _each(rows_of(self.row_Sigma).mT, X)
+
+    def root_matmul(self, E: Tensor) -> Tensor:
+        """The rows L_t e_t, Σ_t = L_t L_tᵀ."""
+        return _each(torch.linalg.cholesky(self.blocks()), E)
+
+    def hidden(self) -> tuple[Tensor, ...]:
+        """Nothing: a product shows what is not finite in Sigma."""
+        return ()
+
+    # --- derivatives -----------------------------------------------------------------------------
+
+    def matmul_tangent(self, X: Tensor, along: PerRow) -> Tensor | None:
+        """The derivative of the rows Σ_t x_t along a direction."""
+        return None if along.row_Sigma is None else _each(rows_of(along.row_Sigma), X)
+
+    def matmul_pull_back(self, Z: Tensor, X: Tensor, to: Shape) -> PerRow:
+        """The gradient of Σ_t ⟨z_t, Σ_t x_t⟩ for any square matrices, not symmetrised."""
+        return PerRow(sum_to((Z[..., :, None] * X[..., None, :]).flatten(-3, -2), to, 2))
+
+    def tangent(self, along: PerRow) -> Tensor | None:
+        """dΣ_t along a direction: the symmetric parts."""
+        return (
+            None if along.row_Sigma is None else symmetric(rows_of(along.row_Sigma)).flatten(-3, -2)
+        )
+
+    def tangent_matmul(self, A: Tensor, along: PerRow) -> Tensor | None:
+        """The rows dΣ_t a_t."""
+        return None if along.row_Sigma is None else _each(symmetric(rows_of(along.row_Sigma)), A)
+
+    def pull_back(self, G: Tensor, to: Shape) -> PerRow:
+        """The gradient in the matrices Σ_t."""
+        return PerRow(sum_to(G, to, 2))
+
+    def pull_back_product(self, Z: Tensor, A: Tensor, to: Shape) -> PerRow:
+        """The gradient of Σ_t ⟨z_t, Σ_t a_t⟩."""
+        return PerRow(sum_to(symmetric(Z[..., :, None] * A[..., None, :]).flatten(-3, -2), to, 2))
+
+    def curvature(self, gradient: PerRow, along: PerRow) -> PerRow:
+        """Zero: the matrices are the own tensor."""
+        return PerRow(torch.zeros_like(gradient.row_Sigma))
+
+
+def rows_of(X: Tensor) -> Tensor:
+    """Matrices that stand one below the other, (*batch, T·D, n), as (*batch, T, D, n)."""
+    D = X.shape[-1]
+    return X.unflatten(-2, (X.shape[-2] // D, D))
+
+
+def _each(blocks: Tensor, X: Tensor) -> Tensor:
+    """The rows B_t x_t, (*batch, T, D), without a copy of the blocks for each x."""
+    out: Tensor = (blocks * X[..., None, :]).sum(-1)
+    return out
+
+
 def make_noise(Sigma: Tensor | None = None, log_noise: Tensor | None = None) -> Diagonal | Full:
     """The noise that a caller's keywords name: exactly one is given."""
     if log_noise is not None:
         return Diagonal(log_noise)
     assert Sigma is not None
     return Full(Sigma)
+
+
+def make_row_noise(
+    noise: Diagonal | Full | None,
+    row_Sigma: Tensor | None,
+    row_log_noise: Tensor | None,
+    row_scale: Tensor | None,
+    shape: tuple[int, int],
+    observed: Tensor | None,
+) -> PerRow:
+    """The noise of each of T rows, from the one of all rows or from what is given for each.
+
+    Args:
+        noise: Σ, None where a keyword gives Σ_t.
+        row_Sigma, row_log_noise, row_scale: see :class:`.KroneckerPlusNoise`.
+        shape: (T, D).
+        observed: (*batch, T, D) or None. The noise gets the batch shape that observed has too.
+    """
+    T, D = shape
+    if row_Sigma is not None:
+        blocks = row_Sigma
+    elif row_log_noise is not None:
+        blocks = torch.diag_embed(row_log_noise.exp())
+    else:
+        assert noise is not None
+        blocks = noise.blocks()
+    if row_scale is not None:
+        blocks = blocks * row_scale[..., None, None]
+    if observed is not None:
+        blocks = blocks + torch.zeros_like(observed, dtype=blocks.dtype)[..., None]
+    of_all = {} if noise is None else noise.named()
+    of_rows = {"row_Sigma": row_Sigma, "row_log_noise": row_log_noise, "row_scale": row_scale}
+    named = {name: x for name, x in {**of_all, **of_rows}.items() if x is not None}
+    blocks = finite(blocks, **named)
+    return PerRow(blocks.expand(*blocks.shape[:-3], T, D, D).flatten(-3, -2))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -47,11 +47,23 @@ class Kind:
     def __init_subclass__(cls) -> None:
         cls.records = []
 
+    beside: ClassVar[dict[type, dict[str, tuple[str, ...]]]] = {}
+
     @classmethod
     def register(cls, record: type) -> type:
         """Let ``record``, a NamedTuple, stand where this kind is asked for."""
         cls.records.append(record)
         return record
+
+    @classmethod
+    def register_beside(cls, **names: tuple[str, ...]) -> Callable[[type], type]:
+        """The same, for a record beside which only records of these names stand; by their kind."""
+
+        def register(record: type) -> type:
+            cls.beside[record] = names
+            return cls.register(record)
+
+        return register
 
 
 class Leaf(NamedTuple):
@@ -78,30 +90,31 @@ class Layout:
 
     def __init__(self, record: Any, kinds: dict[type, type], name: str = "") -> None:
         self.record, self.name = record, name
-        hints = get_type_hints(record, include_extras=True)
+        hints = _hints(record)
         self.fields = [_field(f, hints[f], kinds) for f in record._fields]
         self.leaves: list[Leaf] = [leaf for field in self.fields for leaf in _leaves(field)]
-        # The fields of a record in order; a record that is None is as many Nones.
-        self.flatten = self._flatten()
-        # The record of a flat list; nested records without any value are records of Nones.
-        self.unflatten = self._unflatten()
 
-    def _flatten(self) -> Callable[[Any], tuple[Any, ...]]:
-        """Written out as an expression, ``lambda v: (v[0], *f1(v[1]), v[2])``: every call of an
-        operator evaluates it."""
+    def functions(self) -> tuple[Callable[[Any], Any], Callable[[Sequence[Any]], Any]]:
+        """(flatten, unflatten): the fields of a record in order, where a record that is None is as
+        many Nones; and back, where nested records without any value are records of Nones.
+
+        Written out as expressions, for every call of an operator evaluates them:
+        ``lambda v: (v[0], *(n1 if v[1] is None else (v[1][0], v[1][1],)), v[2],)``.
+        """
         names: dict[str, Any] = {}
+        flatten = f"lambda v: {self._flat('v')}"
+        unflatten = f"lambda v: {self._expression(0, names)}"
+        return _function(flatten, {}), _function(unflatten, names)
+
+    def _flat(self, v: str) -> str:
         parts = []
         for i, field in enumerate(self.fields):
+            own = f"{v}[{i}]"
             if isinstance(field, Layout):
-                names |= {f"f{i}": field.flatten, f"n{i}": (None,) * len(field.leaves)}
-                parts.append(f"*(n{i} if v[{i}] is None else f{i}(v[{i}]))")
-            else:
-                parts.append(f"v[{i}]")
-        return _function(f"lambda v: ({', '.join(parts)},)", names)
-
-    def _unflatten(self) -> Callable[[Sequence[Any]], Any]:
-        names: dict[str, Any] = {}
-        return _function(f"lambda v: {self._expression(0, names)}", names)
+                nothing = "None," * len(field.leaves)
+                own = f"*(({nothing}) if {own} is None else {field._flat(own)})"
+            parts.append(own)
+        return f"({', '.join(parts)},)"
 
     def _expression(self, start: int, names: dict[str, Any]) -> str:
         """``R(v[0], S(v[1], v[2]), v[3])``, with the records under ``names``."""
@@ -131,6 +144,11 @@ class Layout:
 def _function(expression: str, names: dict[str, Any]) -> Callable[[Any], Any]:
     found: Callable[[Any], Any] = eval(compile(expression, __file__, "eval"), names)
     return found
+
+
+@functools.cache
+def _hints(record: Any) -> dict[str, Any]:
+    return get_type_hints(record, include_extras=True)
 
 
 def _leaves(field: Leaf | Layout) -> list[Leaf]:
@@ -171,7 +189,7 @@ def own_layout(record: Any) -> Layout:
 def open_fields(record: Any) -> dict[type, tuple[int, ...]]:
     """Where a record of each kind stands: the positions that lead there, outside optional ones."""
     found: dict[type, tuple[int, ...]] = {}
-    hints = get_type_hints(record, include_extras=True)
+    hints = _hints(record)
     for i, name in enumerate(record._fields):
         hint = hints[name]
         if isinstance(hint, type) and issubclass(hint, Kind):
@@ -183,11 +201,26 @@ def open_fields(record: Any) -> dict[type, tuple[int, ...]]:
 
 
 def layouts(arguments: Any, results: Any) -> Iterator[tuple[tuple[type, ...], Layout, Layout]]:
-    """(the records of the open fields, the layouts with them) for every combination."""
+    """(the records of the open fields, the layouts with them) for every combination that fits.
+
+    The leaves of two combinations differ in some name: PyTorch takes overloads with the same names
+    for one when it clears up.
+    """
     kinds: list[Any] = list(open_fields(arguments))
     for chosen in itertools.product(*(kind.records for kind in kinds)):
+        if not all(_fit(x, y) for x in chosen for y in chosen):
+            continue
         which = dict(zip(kinds, chosen, strict=True))
         yield chosen, Layout(arguments, which), Layout(results, which)
+
+
+def _fit(record: Any, other: Any) -> bool:
+    wanted = Kind.beside.get(record, {}).get(_kind_of(other))
+    return wanted is None or other.__name__ in wanted
+
+
+def _kind_of(record: type) -> str:
+    return next(k.__name__ for k in Kind.__subclasses__() if record in k.records)
 
 
 def expand_record(record: Any, batch: Sequence[int]) -> Any:

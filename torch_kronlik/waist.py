@@ -20,9 +20,17 @@ from .batch import symmetric
 from .checks import check_broadcast, check_data, check_uniform
 from .derivatives import may_be_differentiated
 from .guards import finite
-from .rules import WITH_BASIS, Covariance, Factored, MatrixRoot, check_method
+from .noise import PerRow
+from .rules import (
+    WITH_BASIS,
+    Covariance,
+    Factored,
+    MatrixRoot,
+    check_method,
+    check_observed_method,
+)
 
-__all__ = ["WITH_BASIS", "MatrixRoot", "Waist", "check_method"]
+__all__ = ["WITH_BASIS", "MatrixRoot", "Waist", "check_method", "check_observed_method"]
 
 _Made = TypeVar("_Made")
 
@@ -35,13 +43,28 @@ class Waist:
         K: (*batch, D, D).
         noise: Σ as a noise, see :mod:`.noise`.
         method: of the routes, checked already.
+        observed: (*batch, T, D), True for the entries that U is the covariance of; for a noise of
+            each row alone. None stands for all.
+        new_noise: Σ of rows that are not among the data, None where that is not known.
+
+    With ``observed``, U⁻¹ below is zero outside of these entries, and data are read there alone.
     """
 
-    def __init__(self, rows: Any, K: Tensor, noise: Any, method: str) -> None:
-        self.rows, self.K, self.noise = rows, K, noise
+    def __init__(
+        self,
+        rows: Any,
+        K: Tensor,
+        noise: Any,
+        method: str,
+        observed: Tensor | None = None,
+        new_noise: Any = None,
+    ) -> None:
+        self.rows, self.K, self.noise, self.observed = rows, K, noise, observed
+        self.new_noise = new_noise if self.is_per_row else noise
         self.batch_shape = check_broadcast(M=rows.batch, K=K.shape[:-2], noise=noise.batch)
         self._parts = Covariance(rows, K, noise)
         self._method = method
+        self._watched = list(self._parts.named().values())
         self._factorised: Factored | None = None
         self._completed: Factored | None = None
         self._versions: list[int] = []
@@ -59,6 +82,22 @@ class Waist:
     def device(self) -> torch.device:
         return self.K.device
 
+    @property
+    def is_per_row(self) -> bool:
+        """Whether entries may be missing or the noise may differ between rows."""
+        return isinstance(self.noise, PerRow)
+
+    @property
+    def num_observed(self) -> int | Tensor:
+        """How many entries the density is of; (*batch), a floating number, where masked."""
+        if self.observed is None:
+            return self.event_shape.numel()
+        return self.observed.sum((-2, -1)).to(self.dtype)
+
+    def seen(self, Y: Tensor) -> Tensor:
+        """Y with zeros where it is not observed, whatever stands there."""
+        return Y if self.observed is None else torch.where(self.observed, Y, 0)
+
     # --- the factorisation -----------------------------------------------------------------------
 
     @property
@@ -72,7 +111,7 @@ class Waist:
         made = self._factorised
         if made is None:
             versions = self._current_versions()
-            make = partial(rules.factorise, self._parts, self._method)
+            make = partial(self._make, self._method)
             made, self._method = _outside_inference(make)
             # Last, so that another thread finds all of it or nothing.
             self._versions, self._factorised = versions, made
@@ -83,12 +122,19 @@ class Waist:
             )
         return made
 
+    def _make(self, method: str) -> tuple[Factored, str]:
+        if not self.is_per_row:
+            return rules.factorise(self._parts, method)
+        mask = self.observed
+        if mask is None:
+            mask = torch.ones(self.event_shape, dtype=torch.bool, device=self.device)
+        return rules.observed.factorise_observed(self._parts, mask.to(self.dtype), method)
+
     def _current_versions(self) -> list[int]:
         """How often each argument was changed in place; nothing while a graph is traced."""
         if torch.compiler.is_compiling():
             return []
-        arguments = self._parts.named().values()
-        return [0 if x.is_inference() else x._version for x in arguments]
+        return [0 if x.is_inference() else x._version for x in self._watched]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is factorised anew, by the same route: its arguments are other tensors."""
@@ -98,6 +144,10 @@ class Waist:
     def _complete(self) -> Factored:
         """With a complete basis of M: made of the factorisation once, where something needs it."""
         U = self._factorise()
+        if self.is_per_row:
+            raise NotImplementedError(
+                "this is not implemented for observed entries or a noise for each row"
+            )
         if self._completed is None:
             self._completed = _outside_inference(partial(rules.completed, U))
         return self._completed
@@ -128,25 +178,26 @@ class Waist:
     @full_precision
     def multiply(self, Y: Tensor) -> Tensor:
         """U·Y, for M, K and Σ as they stand."""
-        out: Tensor = rules.multiply(Y, self._parts)
-        return out
+        out: Tensor = rules.multiply(self.seen(Y), self._parts)
+        return self.seen(out)
 
     @full_precision
     def diagonal(self) -> Tensor:
         """diag(U), as (*batch, T, D): the variance of each entry."""
         rows, K, noise = self._parts
         signal = rows.diagonal()[..., :, None] * K.diagonal(dim1=-2, dim2=-1)[..., None, :]
-        return self.finite(signal + noise.diagonal()[..., None, :])
+        return self.seen(self.finite(signal + noise.diagonal()))
 
     @full_precision
     def dense(self) -> Tensor:
-        """U as a matrix, (*batch, T·D, T·D)."""
-        T, n, Sigma = self.event_shape[0], self.event_shape.numel(), self.noise.matrix()
+        """U as a matrix, (*batch, T·D, T·D), or its observed rows and columns."""
+        T, n = self.event_shape[0], self.event_shape.numel()
         M, K = symmetric(self.rows.dense()), symmetric(self.K)
         eye = torch.eye(T, dtype=self.dtype, device=self.device)
         signal = M[..., :, None, :, None] * K[..., None, :, None, :]
-        U = signal + eye[:, None, :, None] * Sigma[..., None, :, None, :]
-        return self.finite(U.reshape(*self.batch_shape, n, n))
+        U = signal + eye[:, None, :, None] * self.noise.blocks()[..., :, :, None, :]
+        U = self.finite(U.reshape(*self.batch_shape, n, n))
+        return U if self.observed is None else _rows_and_columns(U, self.observed.flatten(-2))
 
     @full_precision
     def root_matmul(self, E: Tensor) -> Tensor:
@@ -160,33 +211,67 @@ class Waist:
     @full_precision
     def inverse_matmul(self, Y: Tensor) -> Tensor:
         """A = U⁻¹·Y."""
-        out: Tensor = rules.solve(Y, self._factorise(), None)
+        out: Tensor = rules.solve(self.seen(Y), self._factorise(), None)
         return out
 
     @full_precision
     def quad_logdet(self, Y: Tensor | None) -> tuple[Tensor, Tensor]:
         """(yᵀU⁻¹y, log det U), from one pass over the data; Y = None asks for log det U alone."""
-        made = rules.quad_logdet(Y, self._factorise())
+        made = rules.quad_logdet(None if Y is None else self.seen(Y), self._factorise())
         return made.inv_quad, made.logdet
 
     @full_precision
     def inverse_block_sum(self) -> Tensor:
         """B = Σ_t (U⁻¹)_tt, (*batch, D, D)."""
+        if self.is_per_row:
+            return self.finite(rules.observed.inverse_blocks(self._factorise()).sum(-3))
         return self.finite(rules.inverse_block_sum(self._differentiable()))
 
     @full_precision
     def inverse_blocks(self, F: Tensor) -> Tensor:
         """(f_s ⊗ I)ᵀ U⁻¹ (f_s ⊗ I) for each row f_s of F (*batch, S, T): (*batch, S, D, D)."""
+        if self.is_per_row:
+            return rules.observed.inverse_blocks(self._factorise(), F)
         return rules.inverse_blocks(self._differentiable(), F)
+
+    @full_precision
+    def inverse_own_blocks(self) -> Tensor:
+        """(U⁻¹)_tt, (*batch, T, D, D)."""
+        if self.is_per_row:
+            return rules.observed.inverse_blocks(self._factorise())
+        return self.inverse_blocks(
+            torch.eye(self.event_shape[0], dtype=self.dtype, device=self.device)
+        )
+
+    @full_precision
+    def explained(self, F: Tensor) -> Tensor:
+        """K (f_s ⊗ I)ᵀ U⁻¹ (f_s ⊗ I) K: what data explain of the variances, (*batch, S, D, D)."""
+        if self.is_per_row:
+            return rules.observed.explained(self._factorise(), F)
+        K = symmetric(self.K)[..., None, :, :]
+        return K @ self.inverse_blocks(F) @ K
+
+    @full_precision
+    def explained_pairs(self, F: Tensor) -> Tensor:
+        """The same for all pairs of rows of F: (*batch, S, D, S, D)."""
+        if self.is_per_row:
+            return rules.observed.explained_pairs(self._factorise(), F)
+        K = symmetric(self.K)
+        return torch.einsum("...ad,...sdue,...eb->...saub", K, self.inverse_pairs(F), K)
 
     @full_precision
     def inverse_blocks_diagonal(self, F: Tensor | None = None) -> Tensor:
         """The diagonals of :meth:`inverse_blocks`, (*batch, S, D); F = None is the identity."""
+        if self.is_per_row:
+            blocks = rules.observed.inverse_blocks(self._factorise(), F)
+            return blocks.diagonal(dim1=-2, dim2=-1)
         return rules.inverse_blocks_diagonal(self._differentiable(), F)
 
     @full_precision
     def inverse_pairs(self, F: Tensor) -> Tensor:
         """(f_s ⊗ I)ᵀ U⁻¹ (f_u ⊗ I) for all pairs of rows of F: (*batch, S, D, S, D)."""
+        if self.is_per_row:
+            return rules.observed.inverse_pairs(self._factorise(), F)
         return rules.inverse_pairs(self._differentiable(), F)
 
     @full_precision
@@ -205,11 +290,23 @@ class Waist:
         """−log N(vec Y; 0, U) in nats, constant included: (*batch)."""
         batch = self.check_data("Y", Y)
         # Where "auto" is free to choose and nothing is factorised yet, one native call may serve.
-        is_fresh = self._method == "auto" and self._factorised is None
+        is_fresh = self._method == "auto" and self._factorised is None and not self.is_per_row
         if is_fresh and rules.is_small(self._parts, batch):
             return rules.small_likelihood(Y, self._parts)
         inv_quad, logdet = self.quad_logdet(Y)
-        return 0.5 * (inv_quad + logdet + self.event_shape.numel() * math.log(2 * math.pi))
+        return 0.5 * (inv_quad + logdet + self.num_observed * math.log(2 * math.pi))
+
+
+def _rows_and_columns(U: Tensor, observed: Tensor) -> Tensor:
+    """At the observed entries, which have to be equally many in the whole batch."""
+    counts = observed.sum(-1)
+    if counts.numel() and bool((counts != counts.flatten()[0]).any()):
+        raise ValueError("to_dense needs as many observed entries in each batch element")
+    n = int(counts.flatten()[0]) if counts.numel() else 0
+    places = torch.argsort(observed.byte(), dim=-1, descending=True, stable=True)[..., :n]
+    places = places.expand(*U.shape[:-2], n)
+    rows = U.take_along_dim(places[..., :, None], -2)
+    return rows.take_along_dim(places[..., None, :], -1)
 
 
 def _outside_inference(make: Callable[[], _Made]) -> _Made:

@@ -1,7 +1,10 @@
-"""The exact routes to U⁻¹ and log det U, each behind the members of :mod:`.spectral`."""
+"""The exact routes to U⁻¹ and log det U, each behind the members of :mod:`.spectral`, or, for
+observed entries and noise that differs between rows, of :mod:`.capacitance`."""
 
 from .base import Factor
+from .capacitance import Capacitance
+from .direct import Direct
 from .shifted import Shifted
 from .spectral import Spectral
 
-__all__ = ["Factor", "Shifted", "Spectral"]
+__all__ = ["Capacitance", "Direct", "Factor", "Shifted", "Spectral"]

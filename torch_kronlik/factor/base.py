@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..records import Kind
 
-__all__ = ["Factor"]
+__all__ = ["COMPLETE", "PARTIAL", "Factor"]
+
+# The noise beside a factor: the same for all rows, where all entries are observed, or one for each.
+COMPLETE = ("Diagonal", "Full")
+PARTIAL = ("PerRow",)
 
 
 if TYPE_CHECKING:

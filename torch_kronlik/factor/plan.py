@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["METHODS", "WITH_BASIS", "Costs", "check_method", "costs"]
+__all__ = [
+    "METHODS",
+    "OBSERVED_METHODS",
+    "WITH_BASIS",
+    "Costs",
+    "check_method",
+    "check_observed_method",
+    "costs",
+    "max_features",
+]
 
 METHODS = ("auto", "spectral", "cholesky", "low_rank")
 # As "auto", but never the Cholesky route: for what is asked of diagonal blocks of U⁻¹ and of their
@@ -20,6 +29,22 @@ WITH_BASIS = "auto, with a basis of M"
 def check_method(method: str) -> None:
     if method not in (*METHODS, WITH_BASIS):
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+
+
+OBSERVED_METHODS = ("auto", "capacitance", "dense")
+
+
+def check_observed_method(method: str) -> None:
+    if method not in OBSERVED_METHODS:
+        raise ValueError(
+            "with observed or a noise for each row, method must be one of "
+            f"{', '.join(OBSERVED_METHODS)}, got {method!r}"
+        )
+
+
+def max_features(T: int, D: int, q: int) -> int:
+    """The rank of M up to which the capacitance matrix, r q square, is small beside U."""
+    return min(T, T * D // (3 * max(q, 1)))
 
 
 class Costs(NamedTuple):

@@ -19,8 +19,10 @@ from ..batch import Shape, broadcast, mean_with_transpose, sum_to, symmetric
 from ..errors import COVARIANCE, not_positive_definite, require_finite
 from ..records import Matrix, Scalar, Stack, Vector
 from ..rows import RowMatrix
-from .base import Factor
+from .base import COMPLETE, Factor
+from .columns import logdet_gradient, logdet_gradients
 from .shifted_series import ShiftedSeries
+from .solves import cholesky_solve
 
 __all__ = ["Shifted", "factors", "without_zeros"]
 
@@ -72,7 +74,7 @@ def _inverses_by_torch(L: Tensor, M: Tensor, lam: Tensor) -> tuple[Tensor, Tenso
     return rows, with_M, plain
 
 
-@Factor.register
+@Factor.register_beside(Noise=COMPLETE)
 class Shifted(NamedTuple):
     """U⁻¹ in factored form; every tensor has the batch shape of what it was computed from."""
 
@@ -109,7 +111,7 @@ class Shifted(NamedTuple):
         columns = []
         for j, L in self._columns():
             y = data[..., j, None]
-            columns.append(y if L is None else _cholesky_solve(L, y))
+            columns.append(y if L is None else cholesky_solve(L, y))
         batch = torch.broadcast_shapes(self.L.shape[:-3], *(x.shape[:-2] for x in columns))
         return torch.cat([x.expand(*batch, *x.shape[-2:]) for x in columns], -1)
 
@@ -171,17 +173,27 @@ class Shifted(NamedTuple):
         scaled = weights.mul_(factor) if g.shape == weights.shape[:-2] else weights * factor
         return RowMatrix(self.size, whole=sum_to(scaled, to, 2))
 
+    def logdet_gradient(
+        self, U: Any, g: Tensor, to: Any, saved: Sequence[Tensor] | None
+    ) -> tuple[RowMatrix | None, Tensor | None, Any]:
+        """See :func:`.columns.logdet_gradient`."""
+        return logdet_gradient(self, U, g, to, saved)
+
+    def logdet_gradients(self, U: Any) -> tuple[RowMatrix, Tensor, Tensor]:
+        """See :func:`.columns.logdet_gradients`."""
+        return logdet_gradients(self, U)
+
     # --- second derivatives ------------------------------------------------------------------
 
     def logdet_hvp(
-        self, rows: Any, dM: RowMatrix | None, dK: Tensor | None, dSigma: Tensor | None
+        self, U: Any, dM: RowMatrix | None, dK: Tensor | None, dSigma: Tensor | None
     ) -> tuple[RowMatrix, Tensor, Tensor]:
         """The derivatives of the three log-det gradients along a symmetric direction.
 
         With κ = diag(RᵀdK R) − λ ⊙ diag(RᵀdΣ R) they are Σ_j C_j⁻¹ (κ_j I − λ_j² dM) C_j⁻¹ for M,
         and for K and Σ traces of products of two inverses.
         """
-        M = mean_with_transpose(rows.M)
+        M = mean_with_transpose(U.rows.M)
         zero = M.new_zeros(())
         Kh = zero if dK is None else self.R.mT @ symmetric(dK) @ self.R
         Sh = zero if dSigma is None else self.R.mT @ symmetric(dSigma) @ self.R
@@ -231,22 +243,6 @@ class Shifted(NamedTuple):
             out = out + C @ middle @ C
             moved.append(((C @ C) * V).sum((-2, -1)))
         return out, _stack(moved)
-
-
-def _cholesky_solve(L: Tensor, y: Tensor) -> Tensor:
-    """(L Lᵀ)⁻¹ y for y (*batch, T, 1). Data that share a factor are columns of one solve, for which
-    torch would copy it out otherwise."""
-    y = y.reshape((1,) * (L.dim() - y.dim()) + y.shape)
-    lead, batch = y.dim() - L.dim(), range(y.dim() - 2)
-    shared = [i for i in batch if i < lead or L.shape[i - lead] == 1]
-    kept = [i for i in batch if i not in shared]
-    order = [*kept, y.dim() - 2, *shared, y.dim() - 1]
-    own = L.reshape(*(L.shape[i - lead] for i in kept), *L.shape[-2:])
-    moved = y.permute(order)
-    half = torch.linalg.solve_triangular(own, moved.flatten(len(kept) + 1), upper=False)
-    solved: Tensor = torch.linalg.solve_triangular(own.mT, half, upper=True)
-    whole = solved.reshape(*solved.shape[:-1], *moved.shape[len(kept) + 1 :])
-    return whole.permute([order.index(i) for i in range(y.dim())])
 
 
 def _stack(values: Sequence[Tensor]) -> Tensor:

@@ -20,13 +20,14 @@ from ..batch import Shape, outer_to, sum_to, symmetric
 from ..ops import kron_diag
 from ..records import Matrix, Scalar, Vector
 from ..rows import RowMatrix
-from .base import Factor
+from .base import COMPLETE, Factor
+from .columns import logdet_gradient, logdet_gradients
 from .spectral_series import SpectralSeries
 
 __all__ = ["Spectral"]
 
 
-@Factor.register
+@Factor.register_beside(Noise=COMPLETE)
 class Spectral(NamedTuple):
     """U⁻¹ in factored form; every tensor has the batch shape of what it was computed from."""
 
@@ -142,10 +143,20 @@ class Spectral(NamedTuple):
         low = self.P * (inside - outside[..., None])[..., None, :]
         return RowMatrix(self.size, outside, ((low, self.P),))
 
+    def logdet_gradient(
+        self, U: Any, g: Tensor, to: Any, saved: Sequence[Tensor] | None
+    ) -> tuple[RowMatrix | None, Tensor | None, Any]:
+        """See :func:`.columns.logdet_gradient`."""
+        return logdet_gradient(self, U, g, to, saved)
+
+    def logdet_gradients(self, U: Any) -> tuple[RowMatrix, Tensor, Tensor]:
+        """See :func:`.columns.logdet_gradients`."""
+        return logdet_gradients(self, U)
+
     # --- second derivatives ------------------------------------------------------------------
 
     def logdet_hvp(
-        self, rows: Any, dM: RowMatrix | None, dK: Tensor | None, dSigma: Tensor | None
+        self, U: Any, dM: RowMatrix | None, dK: Tensor | None, dSigma: Tensor | None
     ) -> tuple[RowMatrix, Tensor, Tensor]:
         """The derivatives of the three log-det gradients along a symmetric direction.
 

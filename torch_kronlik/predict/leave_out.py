@@ -26,7 +26,7 @@ def entries(U: Waist, Y: Tensor) -> tuple[Tensor, Tensor]:
     ``y − [U⁻¹y] / diag(U⁻¹)`` and ``1 / diag(U⁻¹)``
     """
     A, precision = _entries(U, Y)
-    return Y - A / precision, (1 / precision).expand_as(A)
+    return U.seen(Y - A / precision), U.seen((1 / precision).expand_as(A))
 
 
 @full_precision
@@ -34,7 +34,7 @@ def entries_log_prob(U: Waist, Y: Tensor) -> Tensor:
     """The log density of every entry under :func:`entries`, summed: (*batch)."""
     A, precision = _entries(U, Y)
     terms = A.square() / precision - precision.log()
-    return -0.5 * (terms.sum((-2, -1)) + U.event_shape.numel() * LOG_2PI)
+    return -0.5 * (terms.sum((-2, -1)) + U.num_observed * LOG_2PI)
 
 
 @full_precision
@@ -46,8 +46,12 @@ def rows(U: Waist, Y: Tensor) -> tuple[Tensor, Tensor]:
     A, G = _rows(U, Y)
     eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device).expand_as(G)
     covariance = symmetric(torch.cholesky_solve(eye, G))
-    mean = Y - torch.cholesky_solve(A[..., None], G).squeeze(-1)
-    return mean, covariance.expand(*mean.shape, mean.shape[-1])
+    mean = U.seen(Y - torch.cholesky_solve(A[..., None], G).squeeze(-1))
+    covariance = covariance.expand(*mean.shape, mean.shape[-1])
+    if U.observed is not None:
+        both = U.observed[..., :, None] & U.observed[..., None, :]
+        covariance = torch.where(both, covariance, 0)
+    return mean, covariance
 
 
 @full_precision
@@ -56,19 +60,24 @@ def rows_log_prob(U: Waist, Y: Tensor) -> Tensor:
     A, G = _rows(U, Y)
     white = torch.linalg.solve_triangular(G, A[..., None], upper=False)
     logdet = 2 * G.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
-    density: Tensor = white.square().sum((-3, -2, -1)) - logdet + U.event_shape.numel() * LOG_2PI
+    density: Tensor = white.square().sum((-3, -2, -1)) - logdet + U.num_observed * LOG_2PI
     return -0.5 * density
 
 
 def _entries(U: Waist, Y: Tensor) -> tuple[Tensor, Tensor]:
-    """U⁻¹·Y and diag(U⁻¹)."""
+    """U⁻¹·Y and diag(U⁻¹), 1 where nothing is observed."""
     U.check_data("Y", Y)
-    return U.inverse_matmul(Y), U.finite(U.inverse_blocks_diagonal())
+    precision = U.finite(U.inverse_blocks_diagonal())
+    if U.observed is not None:
+        precision = torch.where(U.observed, precision, 1)
+    return U.inverse_matmul(Y), precision
 
 
 def _rows(U: Waist, Y: Tensor) -> tuple[Tensor, Tensor]:
-    """U⁻¹·Y and the Cholesky factors of the diagonal blocks of U⁻¹."""
+    """U⁻¹·Y and the Cholesky factors of the diagonal blocks of U⁻¹, with 1 on the diagonal where
+    nothing is observed."""
     U.check_data("Y", Y)
-    A = U.inverse_matmul(Y)
-    eye = torch.eye(A.shape[-2], dtype=A.dtype, device=A.device)
-    return A, torch.linalg.cholesky(symmetric(U.inverse_blocks(eye)))
+    A, blocks = U.inverse_matmul(Y), symmetric(U.inverse_own_blocks())
+    if U.observed is not None:
+        blocks = blocks + torch.diag_embed((~U.observed).to(U.dtype))
+    return A, torch.linalg.cholesky(blocks)

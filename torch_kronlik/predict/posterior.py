@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ class KroneckerPosterior:
     @full_precision
     def observation_variance(self) -> Tensor:
         """The variances of new observations, noise included: (*batch, S, D)."""
-        variance: Tensor = self.variance + self.U.noise.diagonal()[..., None, :]
+        variance: Tensor = self.variance + self._new_noise().diagonal()
         return variance
 
     @property
@@ -113,8 +114,7 @@ class KroneckerPosterior:
         """
         K = symmetric(self.U.K)[..., None, :, :]
         prior = self.M_test.diagonal(dim1=-2, dim2=-1) if self._full else self.M_test
-        explained = K @ self.U.inverse_blocks(self.M_cross) @ K
-        out = prior[..., None, None] * K - explained
+        out = prior[..., None, None] * K - self.U.explained(self.M_cross)
         return self._expand(finite(out, M_cross=self.M_cross, M_test=self.M_test), 3)
 
     @property
@@ -126,9 +126,8 @@ class KroneckerPosterior:
         numbers more.
         """
         M_test, K = symmetric(self._full_test("covariance_matrix")), symmetric(self.U.K)
-        pairs = self.U.inverse_pairs(self.M_cross)
-        explained = torch.einsum("...ad,...sdue,...eb->...saub", K, pairs, K)
-        out = M_test[..., :, None, :, None] * K[..., None, :, None, :] - explained
+        prior = M_test[..., :, None, :, None] * K[..., None, :, None, :]
+        out = prior - self.U.explained_pairs(self.M_cross)
         out = finite(out, M_cross=self.M_cross, M_test=M_test)
         n = self.event_shape.numel()
         return self._expand(out.reshape(*out.shape[:-4], n, n), 2)
@@ -150,7 +149,7 @@ class KroneckerPosterior:
             )
         check_broadcast(Y_test=Y_test.shape[:-2], posterior=self.batch_shape)
         Y_test = finite(Y_test, Y_test=Y_test)
-        if self.event_shape.numel() <= self.U.event_shape[0]:
+        if self.U.is_per_row or self.event_shape.numel() <= self.U.event_shape[0]:
             return self._log_prob_dense(Y_test)
         return self._log_prob_joint(Y_test)
 
@@ -184,11 +183,13 @@ class KroneckerPosterior:
         white = self._normal(
             (*sample_shape, *self.batch_shape, T + self.event_shape[0], D), generator
         )
-        if observation_noise:
+        if observation_noise and not self.U.is_per_row:
             data, new = _split(joint.observations(white), T)
         else:
             data, new = _split(joint.latent(white), T)
             data = data + self.U.noise.root_matmul(self._normal(data.shape, generator))
+            if observation_noise:
+                new = new + self._new_noise().root_matmul(self._normal(new.shape, generator))
         return self.mean + new - self._krige(data)
 
     def __repr__(self) -> str:
@@ -203,6 +204,15 @@ class KroneckerPosterior:
         """M_* U⁻¹·Y K."""
         mean: Tensor = self.M_cross @ self.U.inverse_matmul(Y) @ symmetric(self.U.K)
         return mean
+
+    def _new_noise(self) -> Any:
+        """Σ of the new rows: the one of all rows."""
+        if self.U.new_noise is None:
+            raise ValueError(
+                "the noise of new rows is not known: row_Sigma and row_log_noise are of the rows "
+                "of the data; add the noise of the new rows to variance or covariance_matrix"
+            )
+        return self.U.new_noise
 
     def _expand(self, x: Tensor, core: int) -> Tensor:
         return x.expand(*self.batch_shape, *x.shape[x.dim() - core :])
@@ -228,7 +238,7 @@ class KroneckerPosterior:
     def _log_prob_dense(self, Y_test: Tensor) -> Tensor:
         S, D = self.event_shape
         eye = torch.eye(S, dtype=Y_test.dtype, device=Y_test.device)
-        noise = eye[:, None, :, None] * self.U.noise.matrix()[..., None, :, None, :]
+        noise = eye[:, None, :, None] * self._new_noise().matrix()[..., None, :, None, :]
         covariance = self.covariance_matrix + noise.reshape(*noise.shape[:-4], S * D, S * D)
         G = torch.linalg.cholesky(symmetric(covariance))
         residual = (Y_test - self.mean).flatten(-2)[..., None]

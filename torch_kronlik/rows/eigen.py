@@ -177,7 +177,8 @@ def precise_eigh(X: Tensor) -> tuple[Tensor, Tensor]:
     if X.is_cuda and X.dtype == torch.float32:
         values, vectors = torch.linalg.eigh(X.double())
         return values.float(), vectors.float()
-    return torch.linalg.eigh(X)
+    values, vectors = torch.linalg.eigh(X)
+    return values, vectors
 
 
 def rounded(values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class RowMatrix(NamedTuple):
-    """G = α I + Σ_k L_k R_kᵀ + H, or its symmetric part.
+    """G = α I + Diag(δ) + Σ_k L_k R_kᵀ + H, or its symmetric part.
 
     A row covariance takes from G what its own tensors need: products G X where M is a product of
     thin factors, all of G where M is a matrix.
@@ -25,6 +25,7 @@ class RowMatrix(NamedTuple):
     scale: Tensor | None = None  # α, (*batch)
     pairs: tuple[Pair, ...] = ()  # L_k and R_k, (*batch, T, r_k) each
     whole: Tensor | None = None  # H, (*batch, T, T)
+    diagonal: Tensor | None = None  # δ, (*batch, T)
     is_symmetric: bool = True  # what stands here; if not, the symmetric part is meant
 
     @property
@@ -32,6 +33,7 @@ class RowMatrix(NamedTuple):
         parts = [X.shape[:-2] for pair in self.pairs for X in pair]
         parts += [] if self.scale is None else [self.scale.shape]
         parts += [] if self.whole is None else [self.whole.shape[:-2]]
+        parts += [] if self.diagonal is None else [self.diagonal.shape[:-1]]
         return broadcast(*parts)
 
     def apply(self, X: Tensor) -> Tensor:
@@ -42,6 +44,8 @@ class RowMatrix(NamedTuple):
             terms += [0.5 * (R @ (L.mT @ X)) for L, R in self.pairs]
         if self.scale is not None:
             terms.append(self.scale[..., None, None] * X)
+        if self.diagonal is not None:
+            terms.append(self.diagonal[..., None] * X)
         if self.whole is not None:
             terms.append((self.whole if self.is_symmetric else symmetric(self.whole)) @ X)
         return sum(terms[1:], terms[0])
@@ -51,6 +55,8 @@ class RowMatrix(NamedTuple):
         terms = [(L * R).sum((-2, -1)) for L, R in self.pairs]
         if self.scale is not None:
             terms.append(self.size * self.scale)
+        if self.diagonal is not None:
+            terms.append(self.diagonal.sum(-1))
         if self.whole is not None:
             terms.append(self.whole.diagonal(dim1=-2, dim2=-1).sum(-1))
         return sum(terms[1:], terms[0])
@@ -62,10 +68,11 @@ class RowMatrix(NamedTuple):
             scale=None if self.scale is None else c * self.scale,
             pairs=tuple((wide * L, R) for L, R in self.pairs),
             whole=None if self.whole is None else wide * self.whole,
+            diagonal=None if self.diagonal is None else c[..., None] * self.diagonal,
         )
 
     def plus(self, other: RowMatrix) -> RowMatrix:
-        """G plus another symmetric matrix without H."""
+        """G plus another symmetric matrix without H and δ."""
         scale = other.scale if self.scale is None else self.scale
         if self.scale is not None and other.scale is not None:
             scale = self.scale + other.scale
@@ -76,8 +83,11 @@ class RowMatrix(NamedTuple):
         out = None if self.whole is None else sum_to(self.whole, to, 2)
         for L, R in self._joined(to):
             out = outer_to(L, R, to) if out is None else add_outer_(out, L, R)
-        if self.scale is not None:
-            diagonal = sum_to(self.scale, to, 0)[..., None]
+        diagonal = None if self.scale is None else sum_to(self.scale, to, 0)[..., None]
+        if self.diagonal is not None:
+            own = sum_to(self.diagonal, to, 1)
+            diagonal = own if diagonal is None else diagonal + own
+        if diagonal is not None:
             if out is None:
                 out = torch.diag_embed(diagonal.expand(*to, self.size))
             else:

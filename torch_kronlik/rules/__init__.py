@@ -15,6 +15,7 @@ Three idioms:
 2. The series about the factorisation: exact in value, first and second derivatives.
        expansion    B, blocks and diagonals of U⁻¹, traces with U⁻¹
        posterior    all pairs of blocks
+   observed     the same for observed entries, where solves carry the derivatives
 3. First order, with a clear refusal of the second: dV_ab = dA_ab / (v_a + v_b).
        sample       F·E with U = F Fᵀ
        posterior    M^½ E
@@ -26,7 +27,8 @@ of the caller.
 """
 
 from ..factor import Spectral
-from ..factor.plan import WITH_BASIS, check_method
+from ..factor.plan import WITH_BASIS, check_method, check_observed_method
+from . import observed
 from .common import Covariance, Factored
 from .expansion import (
     inverse_block_sum,
@@ -49,6 +51,7 @@ __all__ = [
     "MatrixRoot",
     "Spectral",
     "check_method",
+    "check_observed_method",
     "completed",
     "factorise",
     "inverse_block_sum",
@@ -58,6 +61,7 @@ __all__ = [
     "inverse_trace",
     "is_small",
     "multiply",
+    "observed",
     "quad_logdet",
     "root_matmul",
     "small_likelihood",

@@ -2,7 +2,8 @@
 
 First and second derivatives of log det U are exact at repeated and zero eigenvalues; the third is
 refused with an error that says so. The gradient in M is the one in the own tensors of the row
-covariance; that in Σ is a matrix for every noise, and is B, the sum of the diagonal blocks of U⁻¹.
+covariance; that in Σ is a matrix for every noise: B, the sum of the diagonal blocks of U⁻¹, or the
+blocks themselves where each row has a Σ of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from ..batch import Shape, sum_to
 from ..derivatives import define
-from ..factor.columns import columns
 from ..records import Matrix
 from ..rows import Rows
 from .common import (
@@ -83,18 +83,11 @@ class Gradients(NamedTuple):
     Sigma: Matrix
 
 
-def _row_gradient(U: Any, weights: Tensor) -> Any:
-    return U.factor.row_gradient(weights, U.K.new_ones(U.batch), U.batch)
-
-
 def _gradients(given: Arguments) -> Gradients:
     U, shapes = given.U, _gradients_fake(given)
-    row, col_s, col_1 = U.factor.sums(U.rows)
-    rows = shapes.rows
-    if not U.rows.is_constant:
-        rows = U.rows.pull_back(_row_gradient(U, row), U.batch)
-    found = (columns(U.factor.R, col_s), columns(U.factor.R, col_1))
-    return _at(shapes, rows, *found)
+    G, K, Sigma = U.factor.logdet_gradients(U)
+    rows = shapes.rows if U.rows.is_constant else U.rows.pull_back(G, U.batch)
+    return _at(shapes, rows, K, Sigma)
 
 
 def _at(shapes: Gradients, rows: Any, K: Tensor, Sigma: Tensor) -> Gradients:
@@ -111,10 +104,10 @@ def _as(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _shapes(U: Any, batch: Shape) -> Gradients:
-    square = (*batch, *U.K.shape[-2:])
     to = None if U.rows.is_constant else batch
     rows = empty_record(U.rows, to, U.K)
-    return Gradients(rows, U.K.new_empty(square), U.K.new_empty(square))
+    new, D = U.K.new_empty, U.K.shape[-1]
+    return Gradients(rows, new((*batch, D, D)), new((*batch, *U.noise.shape)))
 
 
 def _gradients_fake(given: Arguments) -> Gradients:
@@ -156,14 +149,14 @@ def _hvp(given: HvpArguments) -> Gradients:
     U, along = given
     moves = None if is_empty(along.rows) else along.rows
     dM = None if moves is None else U.rows.tangent(moves)
-    HM, HK, HS = U.factor.logdet_hvp(U.rows, dM, along.K, along.Sigma)
+    HM, HK, HS = U.factor.logdet_hvp(U, dM, along.K, along.Sigma)
     shapes = _hvp_fake(given)
     rows = shapes.rows
     if not U.rows.is_constant:
         batch = shapes.K.shape[:-2]
         rows = U.rows.pull_back(HM, batch)
         if U.rows.is_curved and moves is not None:
-            G = _row_gradient(U, U.factor.sums(U.rows)[0])
+            G = U.factor.logdet_gradients(U)[0]
             rows = add_records(rows, U.rows.curvature(G, moves, batch))
     return _at(shapes, rows, HK, HS)
 

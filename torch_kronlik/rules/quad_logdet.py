@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..batch import Shape, broadcast, outer_to, sum_to, symmetric
+from ..batch import broadcast, outer_to, sum_to, symmetric
 from ..derivatives import define
 from ..errors import require_finite
-from ..factor.columns import columns
 from ..noise import Noise
 from ..records import Matrix, Scalar, Vector
 from ..rows import Rows
@@ -159,15 +158,13 @@ def _gradient(given: GradientArguments) -> Gradients:
         parts = product_gradients(left, A, U, others, symmetrise=False)
         parts = parts if K is None else parts._replace(K=K)
     if g_l is not None and any(b is not None for b in to[1:]):
-        row, col_s, col_1 = U.factor.sums(U.rows, given.made.sums)
-        if to.rows is not None:
-            G = U.factor.row_gradient(row, g_l, to.rows)
+        G, K, noise = U.factor.logdet_gradient(U, g_l, to, given.made.sums)
+        if G is not None:
             if A is not None:
                 assert left is not None
                 G = G.plus(product_row_matrix(left, A, U, symmetrise=False))
             parts = parts._replace(rows=U.rows.pull_back(G, to.rows))
-        sums = g_l[..., None] * col_s, g_l[..., None] * col_1
-        parts = add_records(parts, _column_gradients(U, *sums, to))
+        parts = add_records(parts, Direction(None, K, noise))
     return _filled(Gradients(gY, *parts), U)
 
 
@@ -176,21 +173,6 @@ def _mapped(g: Maybe, to: Targets) -> Maybe:
     if g is None:
         return None
     return g.expand(broadcast(g.shape, *(b for b in to if b is not None)))
-
-
-def _column_gradients(U: Any, col_s: Tensor, col_1: Tensor, to: Targets) -> Direction:
-    """The log-det part in K and the noise; the batch is summed over vectors where it can be."""
-    R, K, noise = U.factor.R, None, None
-
-    def shared(weights: Tensor, target: Shape) -> Tensor:
-        """Summed as far as R allows: R has the batch shape that K and the noise share."""
-        return sum_to(weights, broadcast(R.shape[:-2], target), 1)
-
-    if to.K is not None:
-        K = sum_to(columns(R, shared(col_s, to.K)), to.K, 2)
-    if to.noise is not None:
-        noise = U.noise.pull_back_columns(R, shared(col_1, to.noise), to.noise)
-    return Direction(None, K, noise)
 
 
 def _filled(found: Gradients, U: Any) -> Gradients:
