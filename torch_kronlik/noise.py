@@ -383,7 +383,8 @@ class PerRow(NamedTuple):
 def rows_of(X: Tensor) -> Tensor:
     """Matrices that stand one below the other, (*batch, T·D, n), as (*batch, T, D, n)."""
     D = X.shape[-1]
-    return X.unflatten(-2, (X.shape[-2] // D, D))
+    out: Tensor = X.unflatten(-2, (X.shape[-2] // D, D))
+    return out
 
 
 def _each(blocks: Tensor, X: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ class Waist:
         observed: (*batch, T, D), True for the entries that U is the covariance of; for a noise of
             each row alone. None stands for all.
         new_noise: Σ of rows that are not among the data, None where that is not known.
+        has_one_noise: whether new_noise is the noise of every row.
 
     With ``observed``, U⁻¹ below is zero outside of these entries, and data are read there alone.
     """
@@ -58,9 +59,11 @@ class Waist:
         method: str,
         observed: Tensor | None = None,
         new_noise: Any = None,
+        has_one_noise: bool = True,
     ) -> None:
         self.rows, self.K, self.noise, self.observed = rows, K, noise, observed
         self.new_noise = new_noise if self.is_per_row else noise
+        self.has_one_noise = has_one_noise
         self.batch_shape = check_broadcast(M=rows.batch, K=K.shape[:-2], noise=noise.batch)
         self._parts = Covariance(rows, K, noise)
         self._method = method
@@ -128,7 +131,8 @@ class Waist:
         mask = self.observed
         if mask is None:
             mask = torch.ones(self.event_shape, dtype=torch.bool, device=self.device)
-        return rules.observed.factorise_observed(self._parts, mask.to(self.dtype), method)
+        noise = self.new_noise if self.has_one_noise else None
+        return rules.observed.factorise_observed(self._parts, mask.to(self.dtype), method, noise)
 
     def _current_versions(self) -> list[int]:
         """How often each argument was changed in place; nothing while a graph is traced."""

@@ -2,9 +2,10 @@
 observed entries and noise that differs between rows, of :mod:`.capacitance`."""
 
 from .base import Factor
+from .border import Border
 from .capacitance import Capacitance
 from .direct import Direct
 from .shifted import Shifted
 from .spectral import Spectral
 
-__all__ = ["Capacitance", "Direct", "Factor", "Shifted", "Spectral"]
+__all__ = ["Border", "Capacitance", "Direct", "Factor", "Shifted", "Spectral"]

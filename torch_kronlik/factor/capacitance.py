@@ -200,12 +200,29 @@ class Capacitance(NamedTuple):
     def gradient_in_M(self, U: Any) -> RowMatrix:
         """tr(K Q_tu)."""
         N, K = rows_of(self.N), symmetric(U.K)[..., None, :, :]
+        if not bool(torch.triu(N, 1).any()):
+            return self._gradient_in_M_diagonal(U)
         V = self.H.mT[..., None, :, :] @ self._columns()
         wide = self.F[..., :, :, None, None] * V[..., :, None, :, :]  # (T, r, q, a)
         half = half_solve(self.L, wide.movedim(-4, -2).flatten(-4, -3).flatten(-2))
         X = half.unflatten(-1, (wide.shape[-4], -1)).movedim(-2, -3).flatten(-2)  # (T, r q a)
         diagonal = (K * N).sum((-2, -1))
         return RowMatrix(self.F.shape[-2], diagonal=diagonal, pairs=((-X, X),))
+
+    def _gradient_in_M_diagonal(self, U: Any) -> RowMatrix:
+        """The same for diagonal N_t, with D r columns instead of q² r: for t ≠ u it is
+        −Σ_de K_de n_td n_ue f_tᵀ (h_dᵀ C⁻¹ h_e) f_u."""
+        n, K, r = rows_of(self.N).diagonal(dim1=-2, dim2=-1), symmetric(U.K), self.F.shape[-1]
+        eye = torch.eye(r, dtype=n.dtype, device=n.device)
+        wide = eye[:, None, None, :] * self.H.mT[..., :, :, None]  # (r, q, D, r)
+        half = half_solve(self.L, wide.flatten(-4, -3).flatten(-2))
+        shape = self.H.shape[-2], r
+        inner = unflatten(unflatten(half.mT @ half, -1, shape), -3, shape)
+        inner = inner * K[..., :, None, :, None]
+        inner = inner.flatten(-4, -3).flatten(-2)
+        X = (n[..., :, :, None] * self.F[..., :, None, :]).flatten(-2)  # (T, D r)
+        diagonal = (K.diagonal(dim1=-2, dim2=-1)[..., None, :] * n).sum(-1)
+        return RowMatrix(self.F.shape[-2], diagonal=diagonal, pairs=((-(X @ inner), X),))
 
     def gradient_in_K(self, U: Any) -> Tensor:
         """Σ_tu M_tu Q_tu."""

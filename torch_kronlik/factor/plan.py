@@ -18,6 +18,7 @@ __all__ = [
     "check_observed_method",
     "costs",
     "max_features",
+    "prefers_border",
 ]
 
 METHODS = ("auto", "spectral", "cholesky", "low_rank")
@@ -31,7 +32,7 @@ def check_method(method: str) -> None:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
 
 
-OBSERVED_METHODS = ("auto", "capacitance", "dense")
+OBSERVED_METHODS = ("auto", "capacitance", "border", "dense")
 
 
 def check_observed_method(method: str) -> None:
@@ -45,6 +46,11 @@ def check_observed_method(method: str) -> None:
 def max_features(T: int, D: int, q: int) -> int:
     """The rank of M up to which the capacitance matrix, r q square, is small beside U."""
     return min(T, T * D // (3 * max(q, 1)))
+
+
+def prefers_border(T: int, D: int, m: int) -> bool:
+    """Whether the complete U and a border of m missing entries take less than U at the others."""
+    return D * T**3 + 4 * T**2 * D * m + T * D * m**2 + m**3 < (T * D - m) ** 3
 
 
 class Costs(NamedTuple):

@@ -15,13 +15,15 @@ from torch import Tensor
 from ..batch import broadcast, symmetric
 from ..derivatives import define_flat, may_be_differentiated, register
 from ..errors import LinAlgError, not_positive_definite, raise_if_not_finite
-from ..factor import Capacitance, Direct, plan
+from ..factor import Border, Capacitance, Direct, plan
+from ..factor.border import border as border_kernel
+from ..factor.border import missing as missing_kernel
 from ..factor.capacitance import capacitance as capacitance_kernel
 from ..factor.direct import direct as direct_kernel
 from ..noise import rows_of
 from ..rows.eigen import eigh, rounded
 from .common import Covariance, Factored, Maybe
-from .factorise import eigen_low_rank
+from .factorise import eigen_low_rank, whiten
 from .solve import solve
 
 __all__ = ["explained", "explained_pairs", "factorise_observed", "inverse_blocks", "inverse_pairs"]
@@ -126,8 +128,45 @@ def _direct_fake(M: Tensor, K: Tensor, Sigma: Tensor, observed: Tensor) -> Tenso
     return places, M.new_empty((*batch, n)), M.new_empty((*batch, n, n))
 
 
-def factorise_observed(parts: Covariance, observed: Tensor, method: str) -> tuple[Factored, str]:
+missing = define_flat(
+    "missing(Tensor observed) -> (Tensor places, Tensor real)",
+    missing_kernel,
+    lambda observed: _missing_fake(observed),
+)
+register(missing, core_dims=lambda *_: ([2], [1, 1]))
+
+border = define_flat(
+    "border(Tensor M, Tensor lam, Tensor R, Tensor places, Tensor real) "
+    "-> (Tensor L, Tensor logdet, Tensor inverses, Tensor X, Tensor G)",
+    border_kernel,
+    lambda M, lam, R, places, real: _border_fake(M, lam, R, places, real),
+)
+register(border, core_dims=lambda *_: ([2, 1, 2, 1, 1], [3, 1, 3, 3, 2]))
+
+
+def _missing_fake(observed: Tensor) -> Tensors:
+    shape = observed.flatten(-2).shape
+    return observed.new_empty(shape, dtype=torch.int64), observed.new_empty(shape)
+
+
+def _border_fake(M: Tensor, lam: Tensor, R: Tensor, places: Tensor, real: Tensor) -> Tensors:
+    (T, D), m = (M.shape[-1], R.shape[-1]), places.shape[-1]
+    own = broadcast(M.shape[:-2], lam.shape[:-1])
+    joint = broadcast(own, places.shape[:-1])
+    shapes = ((*own, D, T, T), (*own, D), (*own, D, T, T), (*joint, T, D, m), (*joint, m, m))
+    return tuple(map(M.new_empty, shapes))
+
+
+def factorise_observed(
+    parts: Covariance, observed: Tensor, method: str, noise: Any
+) -> tuple[Factored, str]:
     """U at the observed entries with its factorisation, and the method that made it.
+
+    Args:
+        parts: U, with a noise for each row.
+        observed: (*batch, T, D), 1 where observed and 0 elsewhere.
+        method: of ``plan.OBSERVED_METHODS``.
+        noise: the noise of all rows, None where they differ.
 
     While a graph is traced, shapes cannot depend on data: "auto" then stands for "dense".
     """
@@ -148,6 +187,17 @@ def factorise_observed(parts: Covariance, observed: Tensor, method: str) -> tupl
                 'method="capacitance" needs M and K positive semidefinite and the noise of every '
                 'row positive definite: method="auto" does not'
             )
+    if method == "border" or (method == "auto" and not tracing and noise is not None):
+        if noise is None:
+            raise ValueError('method="border" needs one noise for all rows, got one for each')
+        places, real = missing(observed)
+        if method == "border" or plan.prefers_border(T, D, places.shape[-1]):
+            lam, R, logdet_noise = whiten(parts.K, noise)
+            L, logdet, *rest = border(parts.rows.dense(), lam, R, places, real)
+            logdet = logdet.sum(-1) + T * logdet_noise
+            inverses, X, G = rest
+            factor = Border(L, inverses, lam, R, logdet, places, real, X, G)
+            return Factored(parts, factor), "border"
     made = direct(parts.rows.dense(), parts.K, Sigma, observed, tracing)
     return Factored(parts, Direct(*made, observed)), "dense"
 
