@@ -166,16 +166,18 @@ class Border(NamedTuple):
         """(x_s ⊗ I)ᵀ Q (x_s ⊗ I) for weights x (*batch, S, T): (*batch, S, D, D). None stands for
         the identity: the blocks Q_tt."""
         if weights is None:
-            squares = self.inverses.diagonal(dim1=-2, dim2=-1)  # (D, T)
-        else:
-            squares = half_solve(self.L, weights.mT[..., None, :, :]).square().sum(-2)
-        half = self._halves(weights)
-        lost = torch.einsum("...xsd,...xse->...sde", half, half)
-        blocks = columns(self.R[..., None, :, :], squares.mT) - lost
-        return blocks if weights is not None else self._clean(blocks)
+            return self._own_blocks(self.shared())
+        squares = half_solve(self.L, weights.mT[..., None, :, :]).square().sum(-2)
+        return self._less(squares, self._halves(weights))
 
-    def _clean(self, blocks: Tensor) -> Tensor:
-        """Q_tt with exact zeros in the rows and columns of missing entries."""
+    def _less(self, squares: Tensor, half: Tensor) -> Tensor:
+        """The blocks of the complete U, from x_sᵀ C_l⁻¹ x_s (*batch, D, S), less the border's."""
+        lost = torch.einsum("...xsd,...xse->...sde", half, half)
+        return columns(self.R[..., None, :, :], squares.mT) - lost
+
+    def _own_blocks(self, half: Tensor) -> Tensor:
+        """Q_tt, with exact zeros in the rows and columns of missing entries."""
+        blocks = self._less(self.inverses.diagonal(dim1=-2, dim2=-1), half)
         kept = self._without(torch.ones_like(blocks[..., 0]))
         return blocks * kept[..., :, None] * kept[..., None, :]
 
@@ -204,26 +206,29 @@ class Border(NamedTuple):
 
     # --- gradients ---------------------------------------------------------------------------
 
-    def gradient_in_M(self, U: Any) -> RowMatrix:
+    def shared(self) -> Tensor:
+        """G⁻¹ Xᵀ, (*batch, m, T, D), which the three gradients are made of."""
+        return self._halves(None)
+
+    def gradient_in_M(self, U: Any, half: Tensor) -> RowMatrix:
         """tr(K Q_tu) = Σ_l λ_l C_l⁻¹ less the border's part."""
         whole = (self.lam[..., :, None, None] * self.inverses).sum(-3)
-        half = self._halves(None)
         left = torch.einsum("...xtd,...de->...txe", half, symmetric(U.K)).flatten(-2)
         right = half.transpose(-3, -2).flatten(-2)
         return RowMatrix(self.X.shape[-3], pairs=((-left, right),), whole=whole)
 
-    def gradient_in_K(self, U: Any) -> Tensor:
+    def gradient_in_K(self, U: Any, half: Tensor) -> Tensor:
         """Σ_tu M_tu Q_tu."""
         M = mean_with_transpose(U.rows.dense())
         traces = (self.inverses * M[..., None, :, :]).sum((-2, -1))
-        half = self._halves(None).transpose(-3, -2)  # (T, m, D)
+        half = half.transpose(-3, -2)  # (T, m, D)
         moved = unflatten(M @ half.flatten(-2), -1, half.shape[-2:])
         lost = torch.einsum("...txd,...txe->...de", moved, half)
         return columns(self.R, traces) - symmetric(lost)
 
-    def gradient_in_noise(self, U: Any) -> Tensor:
+    def gradient_in_noise(self, half: Tensor) -> Tensor:
         """Q_tt, one below the other."""
-        return self.blocks(None).flatten(-3, -2)
+        return self._own_blocks(half).flatten(-3, -2)
 
     def logdet_gradient(
         self, U: Any, g: Tensor, to: Any, saved: Sequence[Tensor] | None

@@ -197,12 +197,16 @@ class Capacitance(NamedTuple):
 
     # --- gradients ---------------------------------------------------------------------------
 
-    def gradient_in_M(self, U: Any) -> RowMatrix:
+    def shared(self) -> Tensor:
+        """N_t H, which the three gradients are made of."""
+        return self._columns()
+
+    def gradient_in_M(self, U: Any, columns: Tensor) -> RowMatrix:
         """tr(K Q_tu)."""
         N, K = rows_of(self.N), symmetric(U.K)[..., None, :, :]
         if not bool(torch.triu(N, 1).any()):
             return self._gradient_in_M_diagonal(U)
-        V = self.H.mT[..., None, :, :] @ self._columns()
+        V = self.H.mT[..., None, :, :] @ columns
         wide = self.F[..., :, :, None, None] * V[..., :, None, :, :]  # (T, r, q, a)
         half = half_solve(self.L, wide.movedim(-4, -2).flatten(-4, -3).flatten(-2))
         X = half.unflatten(-1, (wide.shape[-4], -1)).movedim(-2, -3).flatten(-2)  # (T, r q a)
@@ -224,15 +228,15 @@ class Capacitance(NamedTuple):
         diagonal = (K.diagonal(dim1=-2, dim2=-1)[..., None, :] * n).sum(-1)
         return RowMatrix(self.F.shape[-2], diagonal=diagonal, pairs=((-(X @ inner), X),))
 
-    def gradient_in_K(self, U: Any) -> Tensor:
+    def gradient_in_K(self, U: Any, columns: Tensor) -> Tensor:
         """Σ_tu M_tu Q_tu."""
         r, D = self.F.shape[-1], self.H.shape[-2]
         inside = _gram(self.F, rows_of(self.N)).unflatten(-1, (r, D)).unflatten(-3, (r, D))
-        half = half_solve(self.L, _gram(self.F, self._columns()).mT).unflatten(-1, (r, D))
+        half = half_solve(self.L, _gram(self.F, columns).mT).unflatten(-1, (r, D))
         lost = half.movedim(-1, -3).flatten(-2)  # (D, r q r)
         return symmetric(inside.diagonal(dim1=-4, dim2=-2).sum(-1) - lost @ lost.mT)
 
-    def gradient_in_noise(self, U: Any) -> Tensor:
+    def gradient_in_noise(self, columns: Tensor) -> Tensor:
         """Q_tt, one below the other."""
         return self.blocks(None).flatten(-3, -2)
 

@@ -130,7 +130,7 @@ class Direct(NamedTuple):
         """(x_s ⊗ I)ᵀ Q (x_s ⊗ I) for weights x (*batch, S, T): (*batch, S, D, D). None stands for
         the identity: the blocks Q_tt."""
         if weights is None:
-            return self._pairs().diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+            return self.shared().diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
         eye = torch.eye(self.like.shape[-1], dtype=self.L.dtype, device=self.L.device)
         half = self._halves(weights, eye)
         return half.mT @ half
@@ -154,24 +154,25 @@ class Direct(NamedTuple):
 
     # --- gradients ---------------------------------------------------------------------------
 
-    def gradient_in_M(self, U: Any) -> RowMatrix:
-        """tr(K Q_tu)."""
-        K = symmetric(U.K)
-        whole = torch.einsum("...tdue,...de->...tu", self._pairs(), K)
-        return RowMatrix(self.like.shape[-2], whole=whole)
-
-    def gradient_in_K(self, U: Any) -> Tensor:
-        """Σ_tu M_tu Q_tu."""
-        M = U.rows.dense()
-        return symmetric(torch.einsum("...tdue,...tu->...de", self._pairs(), symmetric(M)))
-
-    def gradient_in_noise(self, U: Any) -> Tensor:
-        """Q_tt, one below the other."""
-        return self.blocks(None).flatten(-3, -2)
-
-    def _pairs(self) -> Tensor:
+    def shared(self) -> Tensor:
+        """The Q_tu, (*batch, T, D, T, D), which the three gradients are made of."""
         shape = self.like.shape[-2:]
         return unflatten(unflatten(self.inverse(), -1, shape), -3, shape)
+
+    def gradient_in_M(self, U: Any, Q: Tensor) -> RowMatrix:
+        """tr(K Q_tu)."""
+        K = symmetric(U.K)
+        whole = torch.einsum("...tdue,...de->...tu", Q, K)
+        return RowMatrix(self.like.shape[-2], whole=whole)
+
+    def gradient_in_K(self, U: Any, Q: Tensor) -> Tensor:
+        """Σ_tu M_tu Q_tu."""
+        M = U.rows.dense()
+        return symmetric(torch.einsum("...tdue,...tu->...de", Q, symmetric(M)))
+
+    def gradient_in_noise(self, Q: Tensor) -> Tensor:
+        """Q_tt, one below the other."""
+        return Q.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).flatten(-3, -2)
 
     def logdet_gradient(
         self, U: Any, g: Tensor, to: Any, saved: Sequence[Tensor] | None

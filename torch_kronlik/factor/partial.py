@@ -25,20 +25,23 @@ def no_sums(like: Tensor, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gradient_of(f: Any, U: Any, g: Tensor, to: Any) -> tuple[RowMatrix | None, Tensor | None, Any]:
-    """See :func:`.columns.logdet_gradient`, for a route that has the three gradients as methods."""
+    """See :func:`.columns.logdet_gradient`, for a route that has the three gradients as methods of
+    what they share."""
     G = K = noise = None
+    shared = f.shared()
     if to.rows is not None:
-        G = f.gradient_in_M(U).scaled(g)
+        G = f.gradient_in_M(U, shared).scaled(g)
     if to.K is not None:
-        K = sum_to(g[..., None, None] * f.gradient_in_K(U), to.K, 2)
+        K = sum_to(g[..., None, None] * f.gradient_in_K(U, shared), to.K, 2)
     if to.noise is not None:
-        noise = U.noise.pull_back(g[..., None, None] * f.gradient_in_noise(U), to.noise)
+        noise = U.noise.pull_back(g[..., None, None] * f.gradient_in_noise(shared), to.noise)
     return G, K, noise
 
 
 def gradients_of(f: Any, U: Any) -> tuple[RowMatrix, Tensor, Tensor]:
     """∂ log det U in M, in K, and in every Σ_t."""
-    return f.gradient_in_M(U), f.gradient_in_K(U), f.gradient_in_noise(U)
+    shared = f.shared()
+    return f.gradient_in_M(U, shared), f.gradient_in_K(U, shared), f.gradient_in_noise(shared)
 
 
 def hvp_of(
