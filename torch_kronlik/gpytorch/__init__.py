@@ -4,6 +4,7 @@
 ``gpytorch.likelihoods.MultitaskGaussianLikelihood`` stood. Needs gpytorch, imported only here.
 """
 
+from . import observed  # noqa: F401  masks of this library's covariance keep its structure
 from .likelihood import MultitaskGaussianLikelihood
 from .operator import KroneckerPlusNoiseLinearOperator
 from .posterior import KroneckerPosteriorLinearOperator

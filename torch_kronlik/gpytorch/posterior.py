@@ -144,6 +144,8 @@ class KroneckerPosteriorLinearOperator(StructuredLinearOperator):
         """The covariance of data and new observations together, where it is the cheaper way."""
         if not self._has_noise_of_data or self.shape[-1] <= self.U.M.shape[-1]:
             return None
+        if self.U.covariance.is_per_row:  # missing entries are the data's, not those of new rows
+            return None
         M, M_cross, M_test = (self._expanded(X, 2) for X in (self.U.M, self.M_cross, self.M_test))
         joint = torch.cat([torch.cat([M, M_cross.mT], -1), torch.cat([M_cross, M_test], -1)], -2)
         return KroneckerPlusNoiseLinearOperator(joint, self.U.K, **self.noise).covariance

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from gpytorch import settings
 from gpytorch.lazy import LazyEvaluatedKernelTensor
 from gpytorch.models import exact_gp
@@ -17,6 +18,7 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
+from .observed import at_observed
 from .operator import KroneckerPlusNoiseLinearOperator
 from .posterior import KroneckerPosteriorLinearOperator
 
@@ -68,24 +70,44 @@ class KroneckerPredictionStrategy(DefaultPredictionStrategy):  # type: ignore[mi
             if settings.detach_test_caches.on()
             else self.lik_train_train_covar
         )
-        return covariance
+        if settings.observation_nan_policy.value() != "mask":
+            return covariance
+        observed: KroneckerPlusNoiseLinearOperator = self._observed_covariance(
+            settings.detach_test_caches.on(), covariance
+        )
+        return observed
+
+    @cached(name="observed_covariance")  # type: ignore[untyped-decorator]
+    def _observed_covariance(
+        self, detached: bool, covariance: KroneckerPlusNoiseLinearOperator
+    ) -> KroneckerPlusNoiseLinearOperator:
+        """At the entries that are observed in the whole batch, as GPyTorch has it."""
+        return at_observed(covariance, self._observed.reshape(-1, covariance.num_outputs))
+
+    @property
+    def _observed(self) -> Tensor:
+        """(T·D)"""
+        missing: Tensor = self.train_labels.isnan()
+        return ~missing.reshape(-1, missing.shape[-1]).any(0)
 
     @property
     def mean_cache(self) -> Tensor:
-        """U⁻¹ (y − mean): (*batch, T·D)."""
-        if settings.observation_nan_policy.value() != "ignore":
+        """U⁻¹ (y − mean), (*batch, T·D), NaN where nothing is observed."""
+        policy = settings.observation_nan_policy.value()
+        if policy == "fill":
             raise NotImplementedError(
-                "observation_nan_policy must be 'ignore' for predictions with this likelihood, "
-                f"got {settings.observation_nan_policy.value()!r}: rows with missing entries leave "
-                "the Kronecker structure"
+                "observation_nan_policy must be 'ignore' or 'mask' for predictions with this "
+                "likelihood, got 'fill', which is an approximation"
             )
-        solved: Tensor = self._solved_labels(settings.detach_test_caches.on())
+        solved: Tensor = self._solved_labels(settings.detach_test_caches.on(), policy)
         return solved
 
     @cached(name="mean_cache")  # type: ignore[untyped-decorator]
-    def _solved_labels(self, detached: bool) -> Tensor:
+    def _solved_labels(self, detached: bool, policy: str) -> Tensor:
         residuals = self.train_labels - self.train_prior_dist.loc
         solved = self._covariance.solve(residuals[..., None]).squeeze(-1)
+        if policy == "mask":
+            solved = torch.where(self._observed, solved, torch.nan)
         return solved.detach() if detached else solved
 
     def exact_prediction(self, *args: Any, **kwargs: Any) -> tuple[Tensor, LinearOperator]:
