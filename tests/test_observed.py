@@ -339,6 +339,35 @@ def test_posterior_draws(method: str) -> None:
     assert (draws.mT.cov() - post.covariance_matrix - noise).abs().max() < 0.05 * scale
 
 
+@each_route
+@each_noise
+def test_information(noise: str, method: str) -> None:
+    """Expected: ½ tr(Q ∂U Q ∂U) and the mean's part; observed: the Hessian."""
+    skip_border(noise, method)
+    p = make_observed(4, 2, mask="random_60", noise=noise)
+    key = next(k for k in p.noise if k != "row_scale")
+    point = torch.tensor([0.3, -0.2, 0.1, 0.4], dtype=torch.float64)
+
+    def at(v: Tensor) -> Observed:
+        M, K = p.M * (1 + v[0] ** 2), p.K + v[1].exp() * torch.ones_like(p.K)
+        shifted = p.noise[key] * (2 + v[2])
+        return p._replace(M=M, K=K, noise={**p.noise, key: shifted}, Y=p.Y - v[3])
+
+    def model(v: Tensor) -> tk.KroneckerPlusNoise:
+        return at(v).covariance(method=method)
+
+    U = at(point).U()
+    moves = torch.func.jacfwd(lambda v: at(v).U())(point)
+    turned = [torch.linalg.solve(U, moves[..., i]) for i in range(3)]
+    expected = torch.zeros(4, 4, dtype=torch.float64)
+    for i, a in enumerate(turned):
+        for j, b in enumerate(turned):
+            expected[i, j] = 0.5 * (a @ b).trace()
+    close(tk.fisher_information(model, point).matrix[:3, :3], expected[:3, :3])
+    hessian = jacrev(jacrev(lambda v: at(v)._replace(Y=p.Y).nll()))(point)
+    close(tk.observed_information(model, point, Y=p.Y).matrix, hessian, 1e-9)
+
+
 # ---------------------------------------------------------------- functions and modules
 
 

@@ -22,6 +22,7 @@ from .batch import sum_to, symmetric
 from .covariance import KroneckerPlusNoise
 from .distribution import KroneckerNormal
 from .estimates import Information, leaves_of, rebuild
+from .noise import rows_of
 
 __all__ = ["fisher_information", "observed_information"]
 
@@ -59,7 +60,8 @@ def fisher_information(
         torch.linalg.LinAlgError: Sigma or U is not positive definite.
 
     Cost: with p parameters, p_M of them in M: the derivatives of M, K, Σ by p reverse passes
-    through ``model``, then O(p_M·T³ + p_M²·T² + p²·D² + T²·D); memory O(p_M·T² + p·D²).
+    through ``model``, then O(p_M·T³ + p_M²·T² + p²·D² + T²·D); memory O(p_M·T² + p·D²). With
+    missing entries or a noise for each row: O(p·(T·D)³) and O(p·(T·D)²).
     Source: Mardia & Marshall 1984, "Maximum likelihood estimation of models for residual
     covariance in spatial regression".
 
@@ -223,6 +225,8 @@ def _expected(
     U: KroneckerPlusNoise, batch: torch.Size, moved: Sequence[Moved | None], size: int
 ) -> Tensor:
     """F, from the derivatives of (M, K, the noise's own tensor, mean)."""
+    if U.is_per_row:
+        return _expected_at_observed(U, batch, moved, size)
     f = U.spectral_form()
     W = f.weights().expand(*batch, *U.event_shape)
     s, lam = f.s[..., :, None], f.lam[..., None, :]
@@ -240,6 +244,30 @@ def _expected(
         which, d = mean
         A = U.inverse_matmul(d)
         F[_grid(which, which)] += d.flatten(1) @ A.flatten(1).mT
+    return symmetric(F)
+
+
+def _expected_at_observed(
+    U: KroneckerPlusNoise, batch: torch.Size, moved: Sequence[Moved | None], size: int
+) -> Tensor:
+    """The same with U⁻¹ as a matrix, zero where nothing is observed: O(p·(T·D)³)."""
+    (T, D), n = U.event_shape, U.event_shape.numel()
+    M, K = symmetric(U.rows.dense()), symmetric(U.K)
+    moves = torch.zeros(size, *batch, T, D, T, D, dtype=U.dtype, device=U.device)
+    *factors, mean = moved
+    dM, dK, noise = (X and (X[0], _padded(X[1], len(batch))) for X in factors)
+    if dM is not None:
+        moves[dM[0]] += symmetric(dM[1])[..., :, None, :, None] * K[..., None, :, None, :]
+    if dK is not None:
+        moves[dK[0]] += M[..., :, None, :, None] * symmetric(dK[1])[..., None, :, None, :]
+    if noise is not None:
+        blocks = symmetric(rows_of(noise[1]))
+        moves.diagonal(dim1=-4, dim2=-2)[noise[0]] += blocks.movedim(-3, -1)
+    turned = U.inverse_matrix() @ moves.reshape(size, *batch, n, n)
+    F = 0.5 * turned.flatten(1) @ turned.mT.flatten(1).mT
+    if mean is not None:
+        which, d = mean
+        F[_grid(which, which)] += U.seen(d).flatten(1) @ U.inverse_matmul(d).flatten(1).mT
     return symmetric(F)
 
 

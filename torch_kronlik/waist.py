@@ -283,6 +283,11 @@ class Waist:
         """tr(U⁻¹ (M2 ⊗ K2)), (*batch)."""
         return rules.inverse_trace(self._differentiable(), M2, K2)
 
+    def inverse_matrix(self) -> Tensor:
+        """U⁻¹ as a matrix, (*batch, T·D, T·D), a constant; where each row has its own noise."""
+        Q: Tensor = self._factorise().factor.inverse()
+        return Q
+
     def spectral_form(self) -> Any:
         """(s, P, λ, R) of :mod:`.factor.spectral`, constants for differentiation."""
         return self._complete().factor
