@@ -5,12 +5,14 @@
 """
 
 from . import observed  # noqa: F401  masks of this library's covariance keep its structure
+from .fixed_noise import FixedNoiseMultitaskGaussianLikelihood
 from .likelihood import MultitaskGaussianLikelihood
 from .operator import KroneckerPlusNoiseLinearOperator
 from .posterior import KroneckerPosteriorLinearOperator
 from .prediction import KroneckerPredictionStrategy
 
 __all__ = [
+    "FixedNoiseMultitaskGaussianLikelihood",
     "KroneckerPlusNoiseLinearOperator",
     "KroneckerPosteriorLinearOperator",
     "KroneckerPredictionStrategy",

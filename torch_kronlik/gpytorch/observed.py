@@ -17,7 +17,9 @@ from linear_operator.operators import LinearOperator, MaskedLinearOperator
 from torch import Tensor
 
 from ..covariance import KroneckerPlusNoise
+from .base import map_noise
 from .operator import KroneckerPlusNoiseLinearOperator
+from .row_noise import RowNoiseLinearOperator
 
 __all__ = ["ObservedLinearOperator"]
 
@@ -50,18 +52,25 @@ class ObservedLinearOperator(KroneckerPlusNoiseLinearOperator):
         return KroneckerPlusNoise(self.M, self.K, **noise, observed=self.observed)
 
     def _map(self, f: Callable[[Tensor, int], Tensor]) -> ObservedLinearOperator:
-        whole = super()._map(f)
-        return at_observed(whole, self.observed)
+        noise: Any = map_noise(f, self.noise)
+        return ObservedLinearOperator(f(self.M, 2), f(self.K, 2), observed=self.observed, **noise)
 
 
-def at_observed(U: KroneckerPlusNoiseLinearOperator, observed: Tensor) -> ObservedLinearOperator:
+Structured = KroneckerPlusNoiseLinearOperator | RowNoiseLinearOperator
+
+
+def at_observed(U: Structured, observed: Tensor) -> Structured:
+    """The same with solves and log-determinants of the observed entries, (T, D)."""
+    if isinstance(U, RowNoiseLinearOperator):
+        return RowNoiseLinearOperator(U.M, U.K, U.row_log_noise, observed)
     return ObservedLinearOperator(U.M, U.K, observed=observed, **U.noise)
 
 
-def _structured(masked: MaskedLinearOperator) -> ObservedLinearOperator | None:
+def _structured(masked: MaskedLinearOperator) -> Structured | None:
     """None where the mask is not the same for rows and columns, or of another operator."""
     U = masked.base
-    if not masked.row_eq_col_mask or type(U) is not KroneckerPlusNoiseLinearOperator:
+    is_ours = type(U) in (KroneckerPlusNoiseLinearOperator, RowNoiseLinearOperator)
+    if not is_ours or not masked.row_eq_col_mask:
         return None
     return at_observed(U, masked.row_mask.reshape(-1, U.num_outputs))
 
