@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from dense_observed import PATTERNS, ROW_NOISES, Observed, make_observed
+from devices import opcheck
 from problems import KINDS, normal
 from torch import Tensor
 from torch.autograd import grad
@@ -399,6 +400,24 @@ def test_compiles_in_one_graph(fresh_compiler: None) -> None:
     close(compiled(*args).detach(), p.nll())
     actual = grad(compiled(*args), args[2])[0]
     close(actual, grad(step(*args), args[2])[0])
+
+
+def test_operators() -> None:
+    """Those whose shapes do not depend on data."""
+    p = make_observed(5, 2, mask="random_60")
+    ops, observed = torch.ops.torch_kronlik, p.observed.double()
+    Sigma = p.noise["Sigma"].expand(5, 2, 2).flatten(0, 1)
+    H, N, _ = ops.column_form(p.K, Sigma, observed)
+    places, real = ops.missing(observed)
+    lam, R = torch.linalg.eigh(p.K)
+    calls = [
+        (ops.capacitance.default, (torch.linalg.cholesky(p.M + torch.eye(5)), H, N)),
+        (ops.border.default, (p.M, lam, R, places, real)),
+        (ops.direct.default, (p.M, p.K, Sigma, observed, True)),
+        (ops.rotated.default, (torch.rand(5).double(), p.K, p.noise["Sigma"])),
+    ]
+    for op, args in calls:
+        opcheck(op, args)
 
 
 # ---------------------------------------------------------------- errors

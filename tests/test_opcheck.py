@@ -37,8 +37,16 @@ ELSEWHERE = {
     "block_diag_expand",
     "block_diag_sum",
 }
-# Of missing entries: in test_observed.py.
-ELSEWHERE |= {"column_form", "row_features", "capacitance", "missing", "border", "direct"}
+# Of missing entries and singular noise: in test_observed.py.
+ELSEWHERE |= {
+    "column_form",
+    "row_features",
+    "capacitance",
+    "missing",
+    "border",
+    "direct",
+    "rotated",
+}
 ELSEWHERE |= {"small_nll", "gaussian_nll_small", "expm_action", "expm_gradient", "expm_jacobian"}
 
 Calls = dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]]

@@ -34,7 +34,8 @@ class KroneckerPlusNoise(Waist):
     Args:
         M: (*batch, T, T) symmetric positive semidefinite, or a :class:`SymmetricEigen` (constant).
         K: (*batch, D, D) symmetric positive semidefinite.
-        Sigma: (*batch, D, D) symmetric positive definite noise covariance; or
+        Sigma: (*batch, D, D) noise covariance, symmetric positive semidefinite: zero variances are
+            accepted where U is positive definite; or
         log_noise: (*batch, D), the logarithms s of the noise variances, Σ = Diag(exp(s)).
         row_Sigma: (*batch, T, D, D), a noise covariance Σ_t for each row; or
         row_log_noise: (*batch, T, D), the logarithms of its variances. Exactly one of the four
@@ -184,10 +185,12 @@ class KroneckerPlusNoise(Waist):
             return torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
 
         if not self.is_per_row:
+            self.method_used  # noqa: B018  factorises: a singular noise shows
+        if not self.is_per_row:
             return self.finite(self.root_matmul(white()))
         rows = MatrixRoot(self.rows.dense(), "M").matmul(white())
         signal = MatrixRoot(self.K, "K").matmul(rows.mT).mT
-        return self.seen(self.finite(signal + self.noise.root_matmul(white())))
+        return self.seen(self.finite(signal + self.noise_draw(white())))
 
     # --- data ------------------------------------------------------------------------------------
 

@@ -127,7 +127,7 @@ class KroneckerNormal(Distribution):
     @property
     def Sigma(self) -> Tensor:
         """(*batch, D, D), Diag(exp(log_noise)) where that was given."""
-        return self._expanded(self._covariance.noise.matrix(), 2)
+        return self._expanded(self._covariance.new_noise.matrix(), 2)
 
     @property
     def log_noise(self) -> Tensor | None:
@@ -189,7 +189,7 @@ class KroneckerNormal(Distribution):
         return H.expand(self.batch_shape)
 
     def __repr__(self) -> str:
-        names = ("loc", "M", "K", *self._covariance.noise.named())
+        names = ("loc", "M", "K", *self._covariance.new_noise.named())
         parts = ((name, getattr(self, name)) for name in names)
         return f"{type(self).__name__}({', '.join(f'{n}: {_size_of(x)}' for n, x in parts)})"
 
@@ -210,7 +210,7 @@ def _kl_kronecker_normal(p: KroneckerNormal, q: KroneckerNormal) -> Tensor:
     check_broadcast(p=p.batch_shape, q=q.batch_shape)
     U_p, U_q = p._covariance, q._covariance
     signal = U_q.inverse_trace(U_p.rows.dense(), U_p.K)
-    noise = (U_q.inverse_block_diag_sum() * U_p.noise.matrix()).sum((-2, -1))
+    noise = (U_q.inverse_block_diag_sum() * U_p.new_noise.matrix()).sum((-2, -1))
     inv_quad, logdet = _diagnosed(
         lambda: U_q.inv_quad_logdet(q.loc - p.loc), **{"p.loc": p.loc, "q.loc": q.loc}
     )

@@ -91,6 +91,7 @@ def fisher_information(
     """
     point, leaves, likelihood = _evaluate(model, params, inputs)
     U, loc = _parts(likelihood)
+    U.method_used  # noqa: B018  factorises: a singular noise shows
     moved = [_tangents(X, leaves) for X in (*_factors(U), loc)]
     with torch.no_grad():
         matrix = _expected(U, likelihood.batch_shape, moved, _size(leaves))

@@ -339,10 +339,6 @@ class PerRow(NamedTuple):
         """The rows Σ_tᵀ x_t."""
         return _each(rows_of(self.row_Sigma).mT, X)
 
-    def root_matmul(self, E: Tensor) -> Tensor:
-        """The rows L_t e_t, Σ_t = L_t L_tᵀ."""
-        return _each(torch.linalg.cholesky(self.blocks()), E)
-
     def hidden(self) -> tuple[Tensor, ...]:
         """Nothing: a product shows what is not finite in Sigma."""
         return ()

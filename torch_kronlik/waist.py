@@ -19,8 +19,9 @@ from .autocast import full_precision
 from .batch import symmetric
 from .checks import check_broadcast, check_data, check_uniform
 from .derivatives import may_be_differentiated
+from .errors import LinAlgError
 from .guards import finite
-from .noise import PerRow
+from .noise import PerRow, make_row_noise
 from .rules import (
     WITH_BASIS,
     Covariance,
@@ -127,12 +128,29 @@ class Waist:
 
     def _make(self, method: str) -> tuple[Factored, str]:
         if not self.is_per_row:
-            return rules.factorise(self._parts, method)
+            try:
+                return rules.factorise(self._parts, method)
+            except LinAlgError:
+                if not rules.observed.is_singular(self.noise):
+                    raise
+            self._give_each_row_its_noise()
+            method = "auto"
         mask = self.observed
         if mask is None:
             mask = torch.ones(self.event_shape, dtype=torch.bool, device=self.device)
         noise = self.new_noise if self.has_one_noise else None
         return rules.observed.factorise_observed(self._parts, mask.to(self.dtype), method, noise)
+
+    def _give_each_row_its_noise(self) -> None:
+        """A singular Σ is for routes that do not divide by it, which have a noise for each row."""
+        shape = self.event_shape[0], self.event_shape[1]
+        self.noise = make_row_noise(self.noise, None, None, None, shape, None)
+        self._parts = self._parts._replace(noise=self.noise)
+
+    def _of_rows(self) -> Factored | None:
+        """The factorisation, where every row has a noise of its own; None otherwise."""
+        U = self._factorise()
+        return U if self.is_per_row else None
 
     def _current_versions(self) -> list[int]:
         """How often each argument was changed in place; nothing while a graph is traced."""
@@ -210,6 +228,15 @@ class Waist:
         has_basis = isinstance(U.factor, rules.Spectral)
         return rules.root_matmul(U if has_basis else self._complete(), E)
 
+    @full_precision
+    def noise_draw(self, E: Tensor) -> Tensor:
+        """The noise of every row, for standard normal E."""
+        if not self.is_per_row:
+            drawn: Tensor = self.noise.root_matmul(E)
+            return drawn
+        root = MatrixRoot(self.noise.blocks(), "the noise of a row")
+        return root.matmul(E[..., None]).squeeze(-1)
+
     # --- the functionals of U⁻¹ ------------------------------------------------------------------
 
     @full_precision
@@ -227,22 +254,25 @@ class Waist:
     @full_precision
     def inverse_block_sum(self) -> Tensor:
         """B = Σ_t (U⁻¹)_tt, (*batch, D, D)."""
-        if self.is_per_row:
-            return self.finite(rules.observed.inverse_blocks(self._factorise()).sum(-3))
+        U = self._of_rows()
+        if U is not None:
+            return self.finite(rules.observed.inverse_blocks(U).sum(-3))
         return self.finite(rules.inverse_block_sum(self._differentiable()))
 
     @full_precision
     def inverse_blocks(self, F: Tensor) -> Tensor:
         """(f_s ⊗ I)ᵀ U⁻¹ (f_s ⊗ I) for each row f_s of F (*batch, S, T): (*batch, S, D, D)."""
-        if self.is_per_row:
-            return rules.observed.inverse_blocks(self._factorise(), F)
+        U = self._of_rows()
+        if U is not None:
+            return rules.observed.inverse_blocks(U, F)
         return rules.inverse_blocks(self._differentiable(), F)
 
     @full_precision
     def inverse_own_blocks(self) -> Tensor:
         """(U⁻¹)_tt, (*batch, T, D, D)."""
-        if self.is_per_row:
-            return rules.observed.inverse_blocks(self._factorise())
+        U = self._of_rows()
+        if U is not None:
+            return rules.observed.inverse_blocks(U)
         return self.inverse_blocks(
             torch.eye(self.event_shape[0], dtype=self.dtype, device=self.device)
         )
@@ -250,32 +280,36 @@ class Waist:
     @full_precision
     def explained(self, F: Tensor) -> Tensor:
         """K (f_s ⊗ I)ᵀ U⁻¹ (f_s ⊗ I) K: what data explain of the variances, (*batch, S, D, D)."""
-        if self.is_per_row:
-            return rules.observed.explained(self._factorise(), F)
+        U = self._of_rows()
+        if U is not None:
+            return rules.observed.explained(U, F)
         K = symmetric(self.K)[..., None, :, :]
         return K @ self.inverse_blocks(F) @ K
 
     @full_precision
     def explained_pairs(self, F: Tensor) -> Tensor:
         """The same for all pairs of rows of F: (*batch, S, D, S, D)."""
-        if self.is_per_row:
-            return rules.observed.explained_pairs(self._factorise(), F)
+        U = self._of_rows()
+        if U is not None:
+            return rules.observed.explained_pairs(U, F)
         K = symmetric(self.K)
         return torch.einsum("...ad,...sdue,...eb->...saub", K, self.inverse_pairs(F), K)
 
     @full_precision
     def inverse_blocks_diagonal(self, F: Tensor | None = None) -> Tensor:
         """The diagonals of :meth:`inverse_blocks`, (*batch, S, D); F = None is the identity."""
-        if self.is_per_row:
-            blocks = rules.observed.inverse_blocks(self._factorise(), F)
+        U = self._of_rows()
+        if U is not None:
+            blocks = rules.observed.inverse_blocks(U, F)
             return blocks.diagonal(dim1=-2, dim2=-1)
         return rules.inverse_blocks_diagonal(self._differentiable(), F)
 
     @full_precision
     def inverse_pairs(self, F: Tensor) -> Tensor:
         """(f_s ⊗ I)ᵀ U⁻¹ (f_u ⊗ I) for all pairs of rows of F: (*batch, S, D, S, D)."""
-        if self.is_per_row:
-            return rules.observed.inverse_pairs(self._factorise(), F)
+        U = self._of_rows()
+        if U is not None:
+            return rules.observed.inverse_pairs(U, F)
         return rules.inverse_pairs(self._differentiable(), F)
 
     @full_precision
@@ -301,7 +335,11 @@ class Waist:
         # Where "auto" is free to choose and nothing is factorised yet, one native call may serve.
         is_fresh = self._method == "auto" and self._factorised is None and not self.is_per_row
         if is_fresh and rules.is_small(self._parts, batch):
-            return rules.small_likelihood(Y, self._parts)
+            try:
+                return rules.small_likelihood(Y, self._parts)
+            except LinAlgError:
+                if not rules.observed.is_singular(self.noise):
+                    raise
         inv_quad, logdet = self.quad_logdet(Y)
         return 0.5 * (inv_quad + logdet + self.num_observed * math.log(2 * math.pi))
 

@@ -5,7 +5,8 @@ from .base import Factor
 from .border import Border
 from .capacitance import Capacitance
 from .direct import Direct
+from .rotated import Rotated
 from .shifted import Shifted
 from .spectral import Spectral
 
-__all__ = ["Border", "Capacitance", "Direct", "Factor", "Shifted", "Spectral"]
+__all__ = ["Border", "Capacitance", "Direct", "Factor", "Rotated", "Shifted", "Spectral"]

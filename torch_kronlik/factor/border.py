@@ -58,7 +58,7 @@ def border(
     if bool(info.any()):
         require_finite(P)
         not_positive_definite(f"{COVARIANCE} at the observed entries", info != 0)
-    return L, logdet, inverses, X, G
+    return L, logdet, inverses.contiguous(), X.contiguous(), G.contiguous()
 
 
 def _columns(inverses: Tensor, R: Tensor, places: Tensor, real: Tensor) -> Tensor:

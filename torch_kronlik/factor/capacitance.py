@@ -32,7 +32,7 @@ def capacitance(F: Tensor, H: Tensor, N: Tensor) -> Tensor:
     C = _gram(F, H.mT[..., None, :, :] @ rows_of(N) @ H[..., None, :, :])
     C = C + torch.eye(n, dtype=F.dtype, device=F.device)
     L: Tensor = torch.linalg.cholesky(C)
-    return L
+    return L.contiguous()
 
 
 def _gram(F: Tensor, W: Tensor) -> Tensor:

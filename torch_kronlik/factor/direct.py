@@ -51,7 +51,7 @@ def direct(
     L, info = torch.linalg.cholesky_ex(U)
     if bool(info.any()):
         not_positive_definite(f"{COVARIANCE} at the observed entries", info != 0)
-    return places, real, L
+    return places, real, L.contiguous()
 
 
 def _both(X: Tensor, index: Tensor) -> Tensor:

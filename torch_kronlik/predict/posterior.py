@@ -149,6 +149,7 @@ class KroneckerPosterior:
             )
         check_broadcast(Y_test=Y_test.shape[:-2], posterior=self.batch_shape)
         Y_test = finite(Y_test, Y_test=Y_test)
+        self.U.method_used  # noqa: B018  factorises: a singular noise shows
         if self.U.is_per_row or self.event_shape.numel() <= self.U.event_shape[0]:
             return self._log_prob_dense(Y_test)
         return self._log_prob_joint(Y_test)
@@ -187,7 +188,7 @@ class KroneckerPosterior:
             data, new = _split(joint.observations(white), T)
         else:
             data, new = _split(joint.latent(white), T)
-            data = data + self.U.noise.root_matmul(self._normal(data.shape, generator))
+            data = data + self.U.noise_draw(self._normal(data.shape, generator))
             if observation_noise:
                 new = new + self._new_noise().root_matmul(self._normal(new.shape, generator))
         return self.mean + new - self._krige(data)

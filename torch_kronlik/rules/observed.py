@@ -15,18 +15,26 @@ from torch import Tensor
 from ..batch import broadcast, symmetric
 from ..derivatives import define_flat, may_be_differentiated, register
 from ..errors import LinAlgError, not_positive_definite, raise_if_not_finite
-from ..factor import Border, Capacitance, Direct, plan
+from ..factor import Border, Capacitance, Direct, Rotated, plan
 from ..factor.border import border as border_kernel
 from ..factor.border import missing as missing_kernel
 from ..factor.capacitance import capacitance as capacitance_kernel
 from ..factor.direct import direct as direct_kernel
+from ..factor.rotated import rotated as rotated_kernel
 from ..noise import rows_of
 from ..rows.eigen import eigh, rounded
 from .common import Covariance, Factored, Maybe
-from .factorise import eigen_low_rank, whiten
+from .factorise import eigen, eigen_low_rank, whiten
 from .solve import solve
 
-__all__ = ["explained", "explained_pairs", "factorise_observed", "inverse_blocks", "inverse_pairs"]
+__all__ = [
+    "explained",
+    "explained_pairs",
+    "factorise_observed",
+    "inverse_blocks",
+    "inverse_pairs",
+    "is_singular",
+]
 
 Tensors = tuple[Tensor, ...]
 
@@ -37,7 +45,7 @@ Tensors = tuple[Tensor, ...]
 def _outputs(K: Tensor, Sigma: Tensor, observed: Tensor) -> Tensors:
     """H with K = H Hᵀ, the N_t one below the other, and Σ_t log det Σ_t,oo.
 
-    H and N have no rows where K or a Σ_t is not positive definite enough for that.
+    H has no rows where K is not positive semidefinite, N none where a Σ_t is singular.
     """
     D = K.shape[-1]
     H = _column_root(K)
@@ -45,9 +53,11 @@ def _outputs(K: Tensor, Sigma: Tensor, observed: Tensor) -> Tensors:
     padded = symmetric(rows_of(Sigma)) * both + torch.diag_embed(1 - observed)
     L, info = torch.linalg.cholesky_ex(padded)
     logdet = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
-    if H is None or bool(info.any()):
-        _require_semidefinite(padded, info)
-        return K[..., :0, :0].clone(), Sigma[..., :0, :].clone(), logdet
+    if H is None:
+        H = K[..., :0, :0].clone()
+    if bool(info.any()):
+        _require_semidefinite(padded)
+        return H, Sigma[..., :0, :].clone(), logdet
     N = torch.cholesky_inverse(L) * both
     return H, N.reshape(*N.shape[:-3], -1, D), logdet
 
@@ -66,11 +76,9 @@ def _column_root(K: Tensor) -> Tensor | None:
     return (scale[..., :, None] * vectors * values.sqrt()[..., None, :])[..., zeros:].contiguous()
 
 
-def _require_semidefinite(padded: Tensor, info: Tensor) -> None:
-    """A Σ_t with a zero variance is for the route that factorises U itself; an indefinite one is an
+def _require_semidefinite(padded: Tensor) -> None:
+    """A Σ_t with a zero variance is for routes that do not divide by it; an indefinite one is an
     error."""
-    if not bool(info.any()):
-        return
     bad = (rounded(torch.linalg.eigvalsh(padded)) < 0).any(-1)
     if bool(bad.any()):
         not_positive_definite("the noise of a row", bad.any(-1))
@@ -128,6 +136,13 @@ def _direct_fake(M: Tensor, K: Tensor, Sigma: Tensor, observed: Tensor) -> Tenso
     return places, M.new_empty((*batch, n)), M.new_empty((*batch, n, n))
 
 
+rotated = define_flat(
+    "rotated(Tensor s, Tensor K, Tensor Sigma) -> Tensor",
+    rotated_kernel,
+    lambda s, K, Sigma: s.new_empty(_rotated_shape(s, K, Sigma)),
+)
+register(rotated, core_dims=lambda *_: ([1, 2, 2], [2]))
+
 missing = define_flat(
     "missing(Tensor observed) -> (Tensor places, Tensor real)",
     missing_kernel,
@@ -142,6 +157,11 @@ border = define_flat(
     lambda M, lam, R, places, real: _border_fake(M, lam, R, places, real),
 )
 register(border, core_dims=lambda *_: ([2, 1, 2, 1, 1], [3, 1, 3, 3, 2]))
+
+
+def _rotated_shape(s: Tensor, K: Tensor, Sigma: Tensor) -> tuple[int, ...]:
+    batch, D = broadcast(s.shape[:-1], K.shape[:-2], Sigma.shape[:-2]), K.shape[-1]
+    return (*batch, s.shape[-1] * D, D)
 
 
 def _missing_fake(observed: Tensor) -> Tensors:
@@ -172,9 +192,10 @@ def factorise_observed(
     """
     (Sigma,) = parts.noise
     T, D = parts.shape
-    tracing = torch.compiler.is_compiling()
+    tracing, is_singular = torch.compiler.is_compiling(), False
     if method == "capacitance" or (method == "auto" and not tracing):
         H, N, logdet = column_form(parts.K, Sigma, observed)
+        is_singular = N.shape[-2] != T * D
         if N.shape[-2] == T * D and H.shape[-2] == D:
             limit = T if method == "capacitance" else plan.max_features(T, D, H.shape[-1])
             F = _row_features(parts.rows, limit, tracing)
@@ -191,7 +212,11 @@ def factorise_observed(
         if noise is None:
             raise ValueError('method="border" needs one noise for all rows, got one for each')
         places, real = missing(observed)
-        if method == "border" or plan.prefers_border(T, D, places.shape[-1]):
+        if is_singular and places.shape[-1] == 0:
+            s, P = _basis(parts.rows)
+            return Factored(parts, Rotated(s, P, rotated(s, parts.K, noise.matrix()))), "rotated"
+        prefers = not is_singular and plan.prefers_border(T, D, places.shape[-1])
+        if method == "border" or prefers:
             lam, R, logdet_noise = whiten(parts.K, noise)
             L, logdet, *rest = border(parts.rows.dense(), lam, R, places, real)
             logdet = logdet.sum(-1) + T * logdet_noise
@@ -202,6 +227,15 @@ def factorise_observed(
     return Factored(parts, Direct(*made, observed)), "dense"
 
 
+def _basis(rows: Any) -> tuple[Tensor, Tensor]:
+    """All eigenvalues and eigenvectors of M."""
+    basis = rows.basis()
+    if basis is None or basis[1].shape[-1] < rows.size:
+        basis = eigen(rows.dense())
+    s, P = basis
+    return s, P
+
+
 def _row_features(rows: Any, limit: int, tracing: bool) -> Tensor | None:
     """F with M = F Fᵀ of at most so many columns, if there is one."""
     basis = rows.basis()
@@ -210,6 +244,14 @@ def _row_features(rows: Any, limit: int, tracing: bool) -> Tensor | None:
         return None
     F: Tensor = row_features(s, P)
     return F if F.shape[-2] == rows.size else None
+
+
+def is_singular(noise: Any) -> bool:
+    """Whether Σ, which has no Cholesky factor, is positive semidefinite all the same."""
+    if not noise.is_matrix or torch.compiler.is_compiling():
+        return False
+    values = torch.linalg.eigvalsh(noise.matrix().detach())
+    return bool(values.isfinite().all()) and bool((rounded(values) >= 0).all())
 
 
 # --- functionals of Q ----------------------------------------------------------------------------
