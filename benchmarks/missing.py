@@ -63,19 +63,21 @@ def ours(Y: Tensor, M: Tensor, K: Tensor, observed: Tensor, **noise: Tensor) -> 
     return tk.kron_gaussian_nll(Y, M, K, observed=observed, **noise)
 
 
-def step(f: Callable[..., Tensor], case: Case, share: float) -> Tensor:
-    Y, M, K, noise = problem(case)
-    leaves = [x.requires_grad_() for x in (Y, M, K, *noise.values())]
-    value = f(*leaves[:3], mask(case, share), **dict(zip(noise, leaves[3:], strict=True)))
+def step(
+    f: Callable[..., Tensor], inputs: tuple[Tensor, ...], noise: Noise, observed: Tensor
+) -> Tensor:
+    leaves = [x.detach().requires_grad_() for x in (*inputs, *noise.values())]
+    value = f(*leaves[:3], observed, **dict(zip(noise, leaves[3:], strict=True)))
     torch.autograd.grad(value, leaves)
     return value.detach()
 
 
 def compared(case: Case, share: float, repeats: int, seconds: float) -> list[str]:
-    _, M, K, noise = problem(case)
-    method = tk.KroneckerPlusNoise(M, K, observed=mask(case, share), **noise).method_used
+    Y, M, K, noise = problem(case)
+    observed = mask(case, share)
+    method = tk.KroneckerPlusNoise(M, K, observed=observed, **noise).method_used
     peers = [dense, gpytorch] if case.T * case.D <= LARGEST_DENSE else []
-    steps = [partial(step, f, case, share) for f in (ours, *peers)]
+    steps = [partial(step, f, (Y, M, K), noise, observed) for f in (ours, *peers)]
     turns = take_turns(steps, repeats, seconds)
     times = [1e3 * statistics.median(x) for x in zip(*turns, strict=True)]
     ratios = [f"{ratio(turns, i + 1).median:.3g}" for i in range(len(peers))]

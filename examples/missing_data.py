@@ -13,8 +13,8 @@ Then one week in ten is held out as well, once scattered and once in blocks of e
 imputed from the rest. For comparison: a line between the neighbouring observed weeks, and Gaussian
 processes over years, one for each week by itself. One picture is written:
 
-* ``missing.png``: the first years with the imputed weeks and their central 95 %; and, in the worst
-  year, what was held out in blocks beside its imputation.
+* ``missing.png``: the first years with the imputed weeks and their central 95 %; and, in the year
+  with most of them, weeks that were held out in blocks beside their imputation.
 
 Data: the ``co2`` set of statsmodels, in the public domain; Keeling and Whorf, Scripps Institution
 of Oceanography.

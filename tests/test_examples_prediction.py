@@ -45,3 +45,17 @@ def test_cross_validation_data() -> None:
     assert Y.mean(0).abs().max() < 1e-12
     assert (t[0, 0] - 1950 - 3.5 / 12).abs() < 1e-9  # the middle of April 1950
     assert (t.flatten().diff() - 1 / 12).abs().max() < 1e-9
+
+
+def test_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = load("missing_data")
+    example.main(["--steps", "8", "--output", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2217 weeks measured, 71 not"
+    names = ("weeks and years together", "each week by itself", "line between neighbouring weeks")
+    errors = {name: [float(x[34:42]) for x in lines if x.startswith(name)] for name in names}
+    together, alone, line = (errors[name] for name in names)
+    assert len(together) == len(alone) == len(line) == 2  # scattered, and in blocks
+    assert all(a < b for a, b in zip(together, alone, strict=True))
+    assert together[1] < line[1]  # eight weeks in a row: other years know the season
+    assert (tmp_path / "missing.png").read_bytes().startswith(b"\x89PNG")
