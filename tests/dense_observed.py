@@ -62,8 +62,8 @@ class Observed(NamedTuple):
         if "row_log_noise" in n:
             return torch.diag_embed(n["row_log_noise"].exp())
         Sigma = n["Sigma"] if "Sigma" in n else torch.diag_embed(n["log_noise"].exp())
-        scale = n.get("row_scale", torch.ones(len(self.M), dtype=self.M.dtype))
-        return scale[:, None, None] * Sigma
+        scale = n.get("row_scale", torch.ones(self.M.shape[-1], dtype=self.M.dtype))
+        return scale[..., None, None] * Sigma[..., None, :, :]
 
     def whole(self) -> Tensor:
         """U of all entries, (T·D, T·D), as a function of the symmetric parts."""
@@ -135,7 +135,7 @@ def make_observed(
     if noise == "scaled":
         given["row_scale"] = factor
     elif noise == "row_full":
-        given = {"row_Sigma": factor[:, None, None] * p.noise["Sigma"]}
+        given = {"row_Sigma": factor[:, None, None] * p.noise["Sigma"][..., None, :, :]}
     elif noise == "row_diagonal":
-        given = {"row_log_noise": factor.log()[:, None] + p.noise["log_noise"]}
+        given = {"row_log_noise": factor.log()[:, None] + p.noise["log_noise"][..., None, :]}
     return Observed(p.Y, p.M, p.K, given, pattern(mask, T, D))

@@ -272,3 +272,20 @@ def test_a_number_of_samples_is_no_shape() -> None:
     posterior = tk.condition(p.Y, p.M, p.K, p.M[:2], p.M[:2, :2], **p.noise)
     with pytest.raises(TypeError, match=expected):
         posterior.rsample(5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["Y", "M", "K"])
+def test_none_for_an_argument_is_named(name: str) -> None:
+    p = make_problem(3, 2)
+    given = {"Y": p.Y, "M": p.M, "K": p.K, name: None}
+    with pytest.raises(TypeError, match=f"{name} must be a tensor.*got NoneType"):
+        tk.kron_gaussian_nll(**given, **p.noise)
+    with pytest.raises(TypeError, match="M_cross must be a tensor, got NoneType"):
+        tk.KroneckerPlusNoise(p.M, p.K, **p.noise).condition(p.Y, None, p.M)
+
+
+@pytest.mark.parametrize("shape", [(-1,), (1.5,), None, "ab"])
+def test_what_is_no_sample_shape_is_refused(shape: object) -> None:
+    p = make_problem(3, 2)
+    with pytest.raises(TypeError, match="sample_shape must be a sequence of ints, none negative"):
+        tk.KroneckerPlusNoise(p.M, p.K, **p.noise).sample(shape)

@@ -154,6 +154,53 @@ def test_complete_rows_are_the_complete_problem(mask: str, method: str) -> None:
     close(by_route(method)(p), expected)
 
 
+BATCHES: list[dict[str, tuple[int, ...]]] = [
+    {"Y": (3,), "M": (), "K": (), "noise": ()},
+    {"Y": (), "M": (3,), "K": (), "noise": ()},
+    {"Y": (), "M": (), "K": (2,), "noise": (2,)},
+    {"Y": (2, 1), "M": (3,), "K": (2, 3), "noise": (1, 1)},
+]
+
+
+@each_route
+@pytest.mark.parametrize("noise", ["full", "diagonal", "scaled", "row_diagonal"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_gradients_in_batches(batch: Any, noise: str, method: str) -> None:
+    """Of whatever has a batch, summed over what it is broadcast with; M = F Fᵀ too."""
+    skip_border(noise, method)
+    p = make_observed(5, 2, noise=noise, batch=batch, kind="rank_deficient")
+    masks = torch.stack([make_observed(5, 2, mask=m).observed for m in ("row", "one_missing")])
+    p = p._replace(observed=masks[:, None])
+    roots = {"F": normal(*batch["M"], 5, 2, seed=3)}
+    leaves = {k: x.clone().requires_grad_() for k, x in {**p.leaves(), **roots}.items()}
+    F = leaves.pop("F")
+
+    def structured(rows: Any, q: Observed) -> Tensor:
+        return q.covariance(rows, method=method).nll(q.Y)
+
+    def dense(q: Observed) -> Tensor:
+        parts = torch.broadcast_shapes(
+            q.Y.shape[:-2], q.M.shape[:-2], q.K.shape[:-2], q.row_noise().shape[:-3], (2, 1)
+        )
+        shaped = [x.expand(*parts, *x.shape[-2:]) for x in (q.Y, q.M, q.K, q.observed)]
+        noises = q.row_noise().expand(*parts, 5, 2, 2)
+        flat = zip(*(x.flatten(0, len(parts) - 1) for x in (*shaped, noises)), strict=True)
+        each = [Observed(Y, M, K, {"row_Sigma": N}, o).nll() for Y, M, K, o, N in flat]
+        return torch.stack(each).reshape(parts)
+
+    q = p.at(leaves)
+    for rows, other in ((q.M, q), (tk.LowRankRoot(F), q._replace(M=F @ F.mT))):
+        wanted = [*leaves.values(), F]
+        values = structured(rows, q), dense(other)
+        close(values[0].detach().expand(values[1].shape), values[1].detach())
+        weights = normal(*values[1].shape, seed=9)
+        found = [grad((v * weights).sum(), wanted, allow_unused=True) for v in values]
+        for a, b in zip(*found, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None and b is not None:
+                close(a, b, 1e-9)
+
+
 @each_route
 def test_low_rank_root_and_eigen_as_rows(method: str) -> None:
     p = make_observed(7, 3, mask="random_60", kind="rank_deficient")
@@ -420,6 +467,50 @@ def test_operators() -> None:
         opcheck(op, args)
 
 
+# ---------------------------------------------------------------- one object, many operations
+
+
+@each_route
+def test_two_backward_passes_through_one_covariance(method: str) -> None:
+    p = make_observed(5, 2, noise="diagonal")
+    s = p.noise["log_noise"].clone().requires_grad_()
+    U = p._replace(noise={"log_noise": s}).covariance(method=method)
+    first, second = (grad(U.nll(Y), s)[0] for Y in (p.Y, p.Y))
+    assert torch.equal(first, second)
+
+
+@each_route
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_made_where_no_gradient_is_recorded(mode: Any, method: str) -> None:
+    p = make_observed(5, 2, noise="diagonal")
+    s = p.noise["log_noise"].clone().requires_grad_()
+    q = p._replace(noise={"log_noise": s})
+    with mode():
+        U = q.covariance(method=method)
+        U.logdet()
+    close(grad(U.nll(p.Y), s)[0], grad(q.covariance(method=method).nll(p.Y), s)[0])
+
+
+@each_route
+def test_changes_before_the_first_use_count(method: str) -> None:
+    p = make_observed(5, 2, noise="diagonal")
+    U = p.covariance(method=method)
+    p.noise["log_noise"].add_(1.0)
+    close(U.nll(p.Y), p.nll())
+    close(U.to_dense(), p.U())
+
+
+@each_route
+def test_asymmetry_of_the_size_of_rounding_changes_nothing(method: str) -> None:
+    p = make_observed(60, 2, kind="rank_one_M")
+    N = normal(60, 60, seed=4)
+    q = p._replace(M=p.M + 1e-13 * (N - N.mT))
+    U = q.covariance(method=method)
+    close(U.nll(p.Y), p.nll(), 1e-9)
+    assert U.method_used == method
+    assert q.covariance().method_used == "capacitance"
+
+
 # ---------------------------------------------------------------- errors
 
 T, D = 4, 2
@@ -464,7 +555,13 @@ def test_faults_in_the_data_are_named(method: str) -> None:
             p._replace(**{name: getattr(p, name) * torch.nan}).covariance(method=method).logdet()
     noise = {**p.noise, "row_scale": torch.full((T,), torch.inf, dtype=torch.float64)}
     with pytest.raises(ValueError, match="row_scale must be finite"):
-        p._replace(noise=noise).covariance(method=method)
+        p._replace(noise=noise).covariance(method="dense").logdet()
+    for least in (0.0, -0.1):
+        scale = torch.linspace(least, 1, T, dtype=torch.float64)
+        negative = p._replace(noise={**p.noise, "row_scale": scale})
+        if method != "border":
+            with pytest.raises(ValueError, match=r"row_scale must be positive, but row_scale\[0\]"):
+                negative.covariance(method=method).logdet()
     with pytest.raises(torch.linalg.LinAlgError, match="positive definite"):
         p._replace(noise={"Sigma": -p.noise["Sigma"]}).covariance(method=method).logdet()
 

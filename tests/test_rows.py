@@ -9,7 +9,7 @@ import pytest
 import torch
 from battery import NOISES, Recorder
 from conftest import check_close
-from problems import make_problem
+from problems import make_problem, normal
 from torch import Tensor
 from torch.autograd import forward_ad, grad, gradcheck, gradgradcheck
 
@@ -232,3 +232,17 @@ def test_refused(F: Tensor, error: type[Exception], message: str) -> None:
     F = F.to(torch.get_default_device())
     with pytest.raises(error, match=message):
         tk.kron_logdet(tk.LowRankRoot(F), torch.eye(2), log_noise=torch.zeros(2))
+
+
+def test_root_under_a_batch_of_data() -> None:
+    """The log-det part of the gradient counts once for each data set, and no more."""
+    F = normal(5, 2, seed=0).requires_grad_()
+    p = make_problem(5, 3, batch={"Y": (4,), "M": (), "K": (2, 1), "noise": ()})
+    for method in ("auto", "spectral"):
+        found = [
+            torch.autograd.grad(
+                tk.kron_gaussian_nll(p.Y, M, p.K, **p.noise, method=method).sum(), F
+            )[0]
+            for M in (tk.LowRankRoot(F), F @ F.mT)
+        ]
+        torch.testing.assert_close(*found)

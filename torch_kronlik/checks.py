@@ -50,12 +50,11 @@ def check_integer(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
 
 
-def check_uniform(**tensors: Tensor | None) -> None:
-    """All share the dtype and the device of the first."""
-    check_floating(**{name: x for name, x in tensors.items() if x is not None})
-    present = [(name, x) for name, x in tensors.items() if x is not None]
-    first_name, first = present[0]
-    for name, x in present[1:]:
+def check_uniform(**tensors: Tensor) -> None:
+    """All are dense tensors that share the dtype and the device of the first."""
+    check_floating(**tensors)
+    (first_name, first), *others = tensors.items()
+    for name, x in others:
         if x.dtype != first.dtype:
             raise TypeError(
                 f"{name} must have the dtype of {first_name}, {first.dtype}, got {x.dtype}"
@@ -123,6 +122,8 @@ def check_row_noise(
             f"exactly one of {', '.join(given)} must be given, got {' and '.join(names) or 'none'}"
         )
     T, D = shape
+    if D == 0:
+        raise ValueError("K must have shape (*batch, D, D) with D >= 1, got D = 0")
     cores = {
         "row_Sigma": (row_Sigma, (T, D, D), "(*batch, T, D, D)"),
         "row_log_noise": (row_log_noise, (T, D), "(*batch, T, D)"),
@@ -180,6 +181,10 @@ def check_rows(name: str, Y: Tensor, T: int) -> None:
 def check_sample_shape(shape: Sequence[int]) -> None:
     if isinstance(shape, int):
         raise TypeError(f"sample_shape must be a sequence of ints, such as ({shape},), got {shape}")
+    is_sequence = isinstance(shape, Sequence)
+    is_shape = is_sequence and all(isinstance(n, (Integral, torch.SymInt)) for n in shape)
+    if not is_shape or any(n < 0 for n in shape):
+        raise TypeError(f"sample_shape must be a sequence of ints, none negative, got {shape!r}")
 
 
 def check_broadcast(**batches: Sequence[int]) -> torch.Size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .autocast import full_precision
 from .checks import (
+    check_broadcast,
     check_noise,
     check_observed,
     check_row_noise,
@@ -32,7 +34,7 @@ class KroneckerPlusNoise(Waist):
     included, uses that factorisation. U itself is never formed, except by :meth:`to_dense`.
 
     Args:
-        M: (*batch, T, T) symmetric positive semidefinite, or a :class:`SymmetricEigen` (constant).
+        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen` or :class:`LowRankRoot`.
         K: (*batch, D, D) symmetric positive semidefinite.
         Sigma: (*batch, D, D) noise covariance, symmetric positive semidefinite: zero variances are
             accepted where U is positive definite; or
@@ -52,7 +54,8 @@ class KroneckerPlusNoise(Waist):
             SymmetricEigen is diagonalised already: every method is "spectral" then. With
             ``observed`` or a noise for each row: "auto", "capacitance" (M of low rank r: a matrix
             of size r·D), "border" (one noise for all rows: the complete U, less the missing
-            entries) or "dense" (the covariance of the observed entries itself).
+            entries) or "dense" (the covariance of the observed entries itself). A singular Sigma
+            has a route of its own: ``method_used`` is "rotated" then.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device or shape does not fit.
@@ -91,7 +94,9 @@ class KroneckerPlusNoise(Waist):
         rows = as_rows(M)
         of_rows = {"row_Sigma": row_Sigma, "row_log_noise": row_log_noise, "row_scale": row_scale}
         is_per_row = observed is not None or any(x is not None for x in of_rows.values())
-        check_uniform(**rows.named(), K=K, Sigma=Sigma, log_noise=log_noise, **of_rows)
+        given = {"Sigma": Sigma, "log_noise": log_noise, **of_rows}
+        noises = {name: x for name, x in given.items() if x is not None}
+        check_uniform(**rows.named(), K=K, **noises)
         rows.check()
         check_square("K", K, "D")
         noise: Any = None
@@ -108,7 +113,12 @@ class KroneckerPlusNoise(Waist):
         if observed is not None:
             check_observed(observed, shape, K.device)
         check_observed_method(method)
-        each = make_row_noise(noise, **of_rows, shape=shape, observed=observed)
+        cores = {"Sigma": 2, "log_noise": 1, "row_Sigma": 3, "row_log_noise": 2, "row_scale": 1}
+        batches = {name: x.shape[: x.dim() - cores[name]] for name, x in noises.items()}
+        if observed is not None:
+            batches["observed"] = observed.shape[:-2]
+        check_broadcast(M=rows.batch, K=K.shape[:-2], **batches)
+        each = partial(make_row_noise, noise, **of_rows, shape=shape, observed=observed)
         super().__init__(rows, K, each, method, observed, noise, row_scale is None)
         own = (Sigma, log_noise, *of_rows.values(), observed)
         self._watched += [x for x in own if x is not None]
@@ -185,7 +195,7 @@ class KroneckerPlusNoise(Waist):
             return torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
 
         if not self.is_per_row:
-            self.method_used  # noqa: B018  factorises: a singular noise shows
+            self.method_used  # noqa: B018  factorises: with a singular Sigma, it is per row after that
         if not self.is_per_row:
             return self.finite(self.root_matmul(white()))
         rows = MatrixRoot(self.rows.dense(), "M").matmul(white())

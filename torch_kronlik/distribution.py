@@ -34,9 +34,9 @@ class KroneckerNormal(Distribution):
     Args:
         loc: (*batch, T, D), the mean.
         M: (*batch, T, T), covariance over rows, symmetric positive semidefinite; or a
-            :class:`SymmetricEigen`, a constant diagonalised once.
+            :class:`SymmetricEigen`, a constant diagonalised once, or a :class:`LowRankRoot`.
         K: (*batch, D, D), covariance over outputs, symmetric positive semidefinite.
-        Sigma: (*batch, D, D), noise covariance, symmetric positive definite; or
+        Sigma: (*batch, D, D), noise covariance, symmetric positive semidefinite; or
         log_noise: (*batch, D), logarithms s of the noise variances, Σ = Diag(exp(s)).
         validate_args: as in ``torch.distributions``. Where true, the default, the arguments' values
             are looked at now: U is factorised here instead of at first use. Shapes, dtypes and
@@ -44,7 +44,7 @@ class KroneckerNormal(Distribution):
 
     Raises:
         TypeError, ValueError: an argument does not fit, or is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
+        torch.linalg.LinAlgError: U is not positive definite, or Sigma is indefinite.
 
     Derivatives: of ``log_prob``, ``entropy`` and ``kl_divergence`` first and second, of ``rsample``
     first; a higher one raises NotImplementedError.

@@ -1,4 +1,4 @@
-"""A check that a result is finite, as an operator: a check on values cannot be traced or mapped."""
+"""Checks of values as operators, since a check on values cannot be traced or mapped otherwise."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .capture import is_captured
 from .derivatives import define
 from .errors import require_finite
 from .records import Scalar
 
-__all__ = ["finite"]
+__all__ = ["finite", "positive"]
 
 _MOST = 6
 
@@ -49,6 +50,33 @@ _finite = define(
     vjp=lambda inputs, outputs, grads, needs: Checked(grads.out, *_NOTHING),
     jvp=lambda inputs, outputs, tangents: Result(tangents.x),
 )
+
+
+class Named(NamedTuple):
+    x: Scalar
+    name: str | None
+
+
+def _require_positive(given: Named) -> Tensor:
+    x, name = given
+    if not is_captured(x) and bool((x <= 0).any()):
+        index = tuple(int(i) for i in (x <= 0).nonzero()[0])
+        raise ValueError(
+            f"{name} must be positive, but {name}{list(index)} is {x.detach()[index].item()}"
+        )
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+positive = define(
+    "positive",
+    Named,
+    Result,
+    _require_positive,
+    lambda given: given.x.new_empty(given.x.shape),
+    vjp=lambda inputs, outputs, grads, needs: Named(grads.out, None),
+    jvp=lambda inputs, outputs, tangents: Result(tangents.x),
+)
+"""``positive(x, name)`` is x, after a check that its entries are positive."""
 
 
 def finite(x: Tensor, **arguments: Tensor | None) -> Tensor:

@@ -57,7 +57,7 @@ def fisher_information(
         TypeError: ``params`` holds something that is no floating-point tensor, or ``model`` returns
             something else than a distribution or covariance.
         ValueError: there are no parameters, or an argument is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
+        torch.linalg.LinAlgError: U is not positive definite, or Sigma is indefinite.
 
     Cost: with p parameters, p_M of them in M: the derivatives of M, K, Σ by p reverse passes
     through ``model``, then O(p_M·T³ + p_M²·T² + p²·D² + T²·D); memory O(p_M·T² + p·D²). With
@@ -117,7 +117,7 @@ def observed_information(
 
     Raises:
         TypeError, ValueError: an argument does not fit, or is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
+        torch.linalg.LinAlgError: U is not positive definite, or Sigma is indefinite.
 
     Cost: p Hessian-vector products, each two reverse passes through ``model`` and
     O(T³ + T²·D + T·D²). Source: Efron & Hinkley 1978; Zhou & Stephens 2014.

@@ -35,9 +35,9 @@ def kron_gaussian_nll(
     Args:
         Y: (*batch, T, D), residuals: the mean is subtracted.
         M: (*batch, T, T), covariance over rows, symmetric positive semidefinite; or a
-            :class:`SymmetricEigen`, a constant diagonalised once.
+            :class:`SymmetricEigen`, a constant diagonalised once, or a :class:`LowRankRoot`.
         K: (*batch, D, D), covariance over outputs, symmetric positive semidefinite.
-        Sigma: (*batch, D, D), noise covariance, symmetric positive definite; or
+        Sigma: (*batch, D, D), noise covariance, symmetric positive semidefinite; or
         log_noise: (*batch, D), logarithms s of the noise variances, Σ = Diag(exp(s)).
         row_Sigma, row_log_noise, row_scale: noise that differs between rows, see
             :class:`KroneckerPlusNoise`.
@@ -50,7 +50,7 @@ def kron_gaussian_nll(
 
     Raises:
         TypeError, ValueError: an argument does not fit, or is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
+        torch.linalg.LinAlgError: U is not positive definite, or Sigma is indefinite.
 
     Derivatives: first and second, in every mode of PyTorch; a third raises NotImplementedError.
     Small problems (T ≤ 64, D ≤ 16) whose M has the joint batch shape, and those with a constant M

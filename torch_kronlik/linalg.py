@@ -34,10 +34,10 @@ def kron_matmul(
     ``M Y K + Y Σ``
 
     Args:
-        M: (*batch, T, T) symmetric positive semidefinite, or a constant :class:`SymmetricEigen`.
+        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen` or :class:`LowRankRoot`.
         K: (*batch, D, D) symmetric positive semidefinite.
         Y: (*batch, T, D).
-        Sigma: (*batch, D, D) symmetric positive definite noise covariance; or
+        Sigma: (*batch, D, D) symmetric positive semidefinite noise covariance; or
         log_noise: (*batch, D), logarithms of the noise variances.
 
     Returns:
@@ -71,10 +71,10 @@ def kron_solve(
     ``A = P [W ⊙ (Pᵀ Y R)] Rᵀ``, so that M A K + A Σ = Y
 
     Args:
-        M: (*batch, T, T) symmetric positive semidefinite, or a constant :class:`SymmetricEigen`.
+        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen` or :class:`LowRankRoot`.
         K: (*batch, D, D) symmetric positive semidefinite.
         Y: (*batch, T, D).
-        Sigma: (*batch, D, D) symmetric positive definite noise covariance; or
+        Sigma: (*batch, D, D) symmetric positive semidefinite noise covariance; or
         log_noise: (*batch, D), logarithms of the noise variances.
         method: see :class:`KroneckerPlusNoise`.
 
@@ -83,7 +83,7 @@ def kron_solve(
 
     Raises:
         TypeError, ValueError: an argument does not fit, or is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
+        torch.linalg.LinAlgError: U is not positive definite, or Sigma is indefinite.
 
     Cost: O(T³ + D³ + T²·D + T·D²). Source: Rakitsch et al. 2013.
 
@@ -109,9 +109,9 @@ def kron_logdet(
     ``T log det Σ + Σ_ij log(1 + s_i λ_j)``
 
     Args:
-        M: (*batch, T, T) symmetric positive semidefinite, or a constant :class:`SymmetricEigen`.
+        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen` or :class:`LowRankRoot`.
         K: (*batch, D, D) symmetric positive semidefinite.
-        Sigma: (*batch, D, D) symmetric positive definite noise covariance; or
+        Sigma: (*batch, D, D) symmetric positive semidefinite noise covariance; or
         log_noise: (*batch, D), logarithms of the noise variances.
         method: see :class:`KroneckerPlusNoise`.
 
@@ -120,7 +120,7 @@ def kron_logdet(
 
     Raises:
         TypeError, ValueError: an argument does not fit, or is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
+        torch.linalg.LinAlgError: U is not positive definite, or Sigma is indefinite.
 
     Cost: O(T³ + D³). Source: Rakitsch et al. 2013.
 
@@ -146,10 +146,10 @@ def kron_inv_quad_logdet(
     ``⟨Y, U⁻¹·Y⟩`` and ``log det U``, for the stacked rows vec(Y) = Y.reshape(T·D)
 
     Args:
-        M: (*batch, T, T) symmetric positive semidefinite, or a constant :class:`SymmetricEigen`.
+        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen` or :class:`LowRankRoot`.
         K: (*batch, D, D) symmetric positive semidefinite.
         Y: (*batch, T, D).
-        Sigma: (*batch, D, D) symmetric positive definite noise covariance; or
+        Sigma: (*batch, D, D) symmetric positive semidefinite noise covariance; or
         log_noise: (*batch, D), logarithms of the noise variances.
         method: see :class:`KroneckerPlusNoise`.
 
@@ -158,7 +158,7 @@ def kron_inv_quad_logdet(
 
     Raises:
         TypeError, ValueError: an argument does not fit, or is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
+        torch.linalg.LinAlgError: U is not positive definite, or Sigma is indefinite.
 
     Cost: O(T³ + D³ + T²·D + T·D²). Source: Rakitsch et al. 2013.
 
@@ -185,9 +185,9 @@ def inverse_block_diag_sum(
     ``B = Σ_k bldiag(U⁻¹, k) = R Diag(Wᵀ 1) Rᵀ``, the gradient of log det U in Σ
 
     Args:
-        M: (*batch, T, T) symmetric positive semidefinite, or a constant :class:`SymmetricEigen`.
+        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen` or :class:`LowRankRoot`.
         K: (*batch, D, D) symmetric positive semidefinite.
-        Sigma: (*batch, D, D) symmetric positive definite noise covariance; or
+        Sigma: (*batch, D, D) symmetric positive semidefinite noise covariance; or
         log_noise: (*batch, D), logarithms of the noise variances.
         method: see :class:`KroneckerPlusNoise`.
 
@@ -196,7 +196,7 @@ def inverse_block_diag_sum(
 
     Raises:
         TypeError, ValueError: an argument does not fit, or is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
+        torch.linalg.LinAlgError: U is not positive definite, or Sigma is indefinite.
 
     Cost: O(T³ + D³), with or without derivatives. U⁻¹ is not formed.
 
@@ -224,9 +224,9 @@ def inverse_diagonal(
     ``diag(U⁻¹) = (P ⊙ P) W (R ⊙ R)ᵀ``, as a T×D matrix
 
     Args:
-        M: (*batch, T, T) symmetric positive semidefinite, or a constant :class:`SymmetricEigen`.
+        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen` or :class:`LowRankRoot`.
         K: (*batch, D, D) symmetric positive semidefinite.
-        Sigma: (*batch, D, D) symmetric positive definite noise covariance; or
+        Sigma: (*batch, D, D) symmetric positive semidefinite noise covariance; or
         log_noise: (*batch, D), logarithms of the noise variances.
         method: see :class:`KroneckerPlusNoise`.
 
@@ -235,7 +235,7 @@ def inverse_diagonal(
 
     Raises:
         TypeError, ValueError: an argument does not fit, or is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
+        torch.linalg.LinAlgError: U is not positive definite, or Sigma is indefinite.
 
     Cost: O(T³ + D³ + T²·D), with derivatives O(T³·D).
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .batch import Shape, outer_to, sum_to, symmetric
-from .guards import finite
+from .guards import finite, positive
 from .records import Kind, Matrix, Vector
 
 __all__ = ["Diagonal", "Full", "Noise", "PerRow", "make_noise", "make_row_noise", "rows_of"]
@@ -422,7 +422,7 @@ def make_row_noise(
         assert noise is not None
         blocks = noise.blocks()
     if row_scale is not None:
-        blocks = blocks * row_scale[..., None, None]
+        blocks = blocks * positive(row_scale, "row_scale")[..., None, None]
     if observed is not None:
         blocks = blocks + torch.zeros_like(observed, dtype=blocks.dtype)[..., None]
     of_all = {} if noise is None else noise.named()

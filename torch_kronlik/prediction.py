@@ -29,12 +29,12 @@ def condition(
     Args:
         Y: (*batch, T, D), the data, less their mean.
         M: (*batch, T, T) covariance over the rows of Y, symmetric positive semidefinite, or a
-            constant :class:`SymmetricEigen`.
+            :class:`SymmetricEigen` or :class:`LowRankRoot`.
         K: (*batch, D, D) covariance over outputs, symmetric positive semidefinite.
         M_cross: M_*, (*batch, S, T), covariance of the new rows with those of Y.
         M_test: M_**, (*batch, S, S), covariance of the new rows, or its diagonal, (*batch, S): see
             :class:`KroneckerPosterior`.
-        Sigma: (*batch, D, D) noise covariance, symmetric positive definite; or
+        Sigma: (*batch, D, D) noise covariance, symmetric positive semidefinite; or
         log_noise: (*batch, D), logarithms of the noise variances, Σ = Diag(exp(s)).
         method: see :class:`KroneckerPlusNoise`.
 
@@ -46,7 +46,7 @@ def condition(
 
     Raises:
         TypeError, ValueError: an argument does not fit, or is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
+        torch.linalg.LinAlgError: U is not positive definite, or Sigma is indefinite.
 
     Cost: O(T³ + D³) once, then see :class:`KroneckerPosterior`.
     Source: Rakitsch et al. 2013; Rasmussen & Williams 2006, section 2.2.

@@ -31,9 +31,9 @@ def leave_one_out(
 
     Args:
         Y: (*batch, T, D), the data, less their mean.
-        M: (*batch, T, T) symmetric positive semidefinite, or a constant :class:`SymmetricEigen`.
+        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen` or :class:`LowRankRoot`.
         K: (*batch, D, D) symmetric positive semidefinite.
-        Sigma: (*batch, D, D) symmetric positive definite noise covariance; or
+        Sigma: (*batch, D, D) symmetric positive semidefinite noise covariance; or
         log_noise: (*batch, D), logarithms of the noise variances.
         method: see :class:`KroneckerPlusNoise`.
 
@@ -42,7 +42,7 @@ def leave_one_out(
 
     Raises:
         TypeError, ValueError: an argument does not fit, or is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
+        torch.linalg.LinAlgError: U is not positive definite, or Sigma is indefinite.
 
     Derivatives: first and second, in every mode of PyTorch.
     Cost: O(T³ + D³ + T²·D), with derivatives O(T³·D); memory O(T² + T·D²). Source: Rasmussen &
@@ -79,7 +79,7 @@ def leave_one_out_log_prob(
 
     Raises:
         TypeError, ValueError: an argument does not fit, or is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
+        torch.linalg.LinAlgError: U is not positive definite, or Sigma is indefinite.
 
     Derivatives: first and second, in every mode of PyTorch.
     Cost: O(T³ + D³ + T²·D), with derivatives O(T³·D); memory O(T² + T·D²). Source: Rasmussen &
@@ -115,7 +115,7 @@ def leave_one_row_out(
 
     Raises:
         TypeError, ValueError: an argument does not fit, or is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
+        torch.linalg.LinAlgError: U is not positive definite, or Sigma is indefinite.
 
     Derivatives: first and second, in every mode of PyTorch.
     Cost: O(T³ + T²·D + T·D³), with derivatives O(T³·D + T·D³); memory O(T² + T·D²). Source:
@@ -152,7 +152,7 @@ def leave_one_row_out_log_prob(
 
     Raises:
         TypeError, ValueError: an argument does not fit, or is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
+        torch.linalg.LinAlgError: U is not positive definite, or Sigma is indefinite.
 
     Derivatives: first and second, in every mode of PyTorch.
     Cost: O(T³ + T²·D + T·D³), with derivatives O(T³·D + T·D³); memory O(T² + T·D²). Source:

@@ -21,7 +21,7 @@ from .checks import check_broadcast, check_data, check_uniform
 from .derivatives import may_be_differentiated
 from .errors import LinAlgError
 from .guards import finite
-from .noise import PerRow, make_row_noise
+from .noise import make_row_noise
 from .rules import (
     WITH_BASIS,
     Covariance,
@@ -42,7 +42,8 @@ class Waist:
     Args:
         rows: M as a row covariance, see :mod:`.rows`.
         K: (*batch, D, D).
-        noise: Σ as a noise, see :mod:`.noise`.
+        noise: Σ as a noise, see :mod:`.noise`; for a noise of each row a function that returns it,
+            so that it is made anew, as the arguments stand, for each operation.
         method: of the routes, checked already.
         observed: (*batch, T, D), True for the entries that U is the covariance of; for a noise of
             each row alone. None stands for all.
@@ -62,13 +63,14 @@ class Waist:
         new_noise: Any = None,
         has_one_noise: bool = True,
     ) -> None:
-        self.rows, self.K, self.noise, self.observed = rows, K, noise, observed
+        self.rows, self.K, self._noise, self.observed = rows, K, noise, observed
         self.new_noise = new_noise if self.is_per_row else noise
         self.has_one_noise = has_one_noise
+        noise = self.noise
         self.batch_shape = check_broadcast(M=rows.batch, K=K.shape[:-2], noise=noise.batch)
-        self._parts = Covariance(rows, K, noise)
         self._method = method
-        self._watched = list(self._parts.named().values())
+        self._watched = [*rows.named().values(), K]
+        self._watched += [] if self.is_per_row else noise.named().values()
         self._factorised: Factored | None = None
         self._completed: Factored | None = None
         self._versions: list[int] = []
@@ -76,7 +78,7 @@ class Waist:
     @property
     def event_shape(self) -> torch.Size:
         """(T, D)."""
-        return torch.Size(self._parts.shape)
+        return torch.Size((self.rows.size, self.K.shape[-1]))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,7 +91,16 @@ class Waist:
     @property
     def is_per_row(self) -> bool:
         """Whether entries may be missing or the noise may differ between rows."""
-        return isinstance(self.noise, PerRow)
+        return callable(self._noise)
+
+    @property
+    def noise(self) -> Any:
+        """Σ, or that of each row."""
+        return self._noise() if callable(self._noise) else self._noise
+
+    @property
+    def _parts(self) -> Covariance:
+        return Covariance(self.rows, self.K, self.noise)
 
     @property
     def num_observed(self) -> int | Tensor:
@@ -124,7 +135,7 @@ class Waist:
                 f"an argument of this {type(self).__name__} was changed in place after it was "
                 "factorised: make a new one"
             )
-        return made
+        return made._replace(parts=self._parts) if self.is_per_row else made
 
     def _make(self, method: str) -> tuple[Factored, str]:
         if not self.is_per_row:
@@ -135,6 +146,8 @@ class Waist:
                     raise
             self._give_each_row_its_noise()
             method = "auto"
+        if method == "rotated":  # of a copy
+            method = "auto"
         mask = self.observed
         if mask is None:
             mask = torch.ones(self.event_shape, dtype=torch.bool, device=self.device)
@@ -144,8 +157,7 @@ class Waist:
     def _give_each_row_its_noise(self) -> None:
         """A singular Σ is for routes that do not divide by it, which have a noise for each row."""
         shape = self.event_shape[0], self.event_shape[1]
-        self.noise = make_row_noise(self.noise, None, None, None, shape, None)
-        self._parts = self._parts._replace(noise=self.noise)
+        self._noise = partial(make_row_noise, self._noise, None, None, None, shape, None)
 
     def _of_rows(self) -> Factored | None:
         """The factorisation, where every row has a noise of its own; None otherwise."""

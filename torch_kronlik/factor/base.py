@@ -20,5 +20,9 @@ else:
     class Factor(Kind):
         """The factorised forms of U⁻¹ and log det U, one for each route: NamedTuples of tensors.
 
-        Constants for differentiation. They have the members of :class:`.spectral.Spectral`.
+        Constants for differentiation. Each can ``solve``, has ``quad_logdet``, and the gradients of
+        log det U with their derivatives (``logdet_gradient``, ``logdet_gradients``,
+        ``logdet_hvp``). Those for complete data have further the members of
+        :class:`.spectral.Spectral`, those for a noise of each row ``blocks``, ``explained``,
+        ``explained_pairs`` and ``inverse``, as :class:`.capacitance.Capacitance`.
         """

@@ -218,7 +218,7 @@ class Capacitance(NamedTuple):
         −Σ_de K_de n_td n_ue f_tᵀ (h_dᵀ C⁻¹ h_e) f_u."""
         n, K, r = rows_of(self.N).diagonal(dim1=-2, dim2=-1), symmetric(U.K), self.F.shape[-1]
         eye = torch.eye(r, dtype=n.dtype, device=n.device)
-        wide = eye[:, None, None, :] * self.H.mT[..., :, :, None]  # (r, q, D, r)
+        wide = eye[:, None, None, :] * self.H.mT[..., None, :, :, None]  # (r, q, D, r)
         half = half_solve(self.L, wide.flatten(-4, -3).flatten(-2))
         shape = self.H.shape[-2], r
         inner = unflatten(unflatten(half.mT @ half, -1, shape), -3, shape)

@@ -7,13 +7,26 @@ columns; their complement belongs to the eigenvalue zero.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from ..batch import mean_with_transpose
 from ..ops import pivoted_cholesky
 from ..rows.eigen import eigen
 from ..rows.low_rank_root import eigen_of_root
 
 __all__ = ["eigen_low_rank"]
+
+
+def _pivoted(M: Tensor, max_rank: int) -> tuple[list[int], Tensor]:
+    F, rank = pivoted_cholesky(M, max_rank)
+    return [int(r) for r in rank.flatten().tolist()], F
+
+
+def _is_asymmetric(M: Tensor) -> bool:
+    """By three rows: asymmetry of the size of rounding, which the pivots refuse, is in all."""
+    rows = sorted({0, M.shape[-1] // 2, M.shape[-1] - 1})
+    return not torch.equal(M[..., rows, :], M[..., :, rows].mT)
 
 
 def eigen_low_rank(M: Tensor, max_rank: int, padded: bool) -> tuple[Tensor, Tensor]:
@@ -23,8 +36,9 @@ def eigen_low_rank(M: Tensor, max_rank: int, padded: bool) -> tuple[Tensor, Tens
     s and P have the shapes (*batch, 0) and (*batch, 0, 0). With ``padded``, for tracing, the shapes
     are those of max_rank = T in every case.
     """
-    F, rank = pivoted_cholesky(M, max_rank)
-    found = [int(r) for r in rank.flatten().tolist()]
+    found, F = _pivoted(M, max_rank)
+    if any(r < 0 for r in found) and _is_asymmetric(M):
+        found, F = _pivoted(mean_with_transpose(M), max_rank)
     if any(r < 0 for r in found):
         if not padded:
             return M[..., 0, :0].clone(), M[..., :0, :0].clone()

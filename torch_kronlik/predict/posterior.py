@@ -43,7 +43,7 @@ class KroneckerPosterior:
 
     Raises:
         TypeError, ValueError: an argument does not fit, or is not finite.
-        torch.linalg.LinAlgError: Sigma or U is not positive definite.
+        torch.linalg.LinAlgError: U is not positive definite, or Sigma is indefinite.
 
     Accuracy: variances are what the data leave of the prior variance, computed as this difference
     and not clamped: their error is of the order of eps·M_**[t,t]·K[d,d], however small the result.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..batch import Shape, sum_to
+from ..batch import Shape
 from ..derivatives import define_flat, register
 from ..errors import require_finite
 from ..records import Matrix
@@ -101,10 +101,10 @@ class LowRankRoot(NamedTuple):
         return RowMatrix(self.size, pairs=((along.F, self.F), (self.F, along.F)))
 
     def pull_back(self, G: RowMatrix, to: Shape) -> LowRankRoot:
-        return LowRankRoot(2 * sum_to(G.apply(self.F), to, 2))
+        return LowRankRoot(2 * G.apply(self.F, to))
 
     def curvature(self, G: RowMatrix, along: LowRankRoot, to: Shape) -> LowRankRoot:
-        return LowRankRoot(2 * sum_to(G.apply(along.F), to, 2))
+        return LowRankRoot(2 * G.apply(along.F, to))
 
 
 def eigen_of_root(F: Tensor) -> tuple[Tensor, Tensor]:

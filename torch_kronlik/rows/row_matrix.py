@@ -36,8 +36,12 @@ class RowMatrix(NamedTuple):
         parts += [] if self.diagonal is None else [self.diagonal.shape[:-1]]
         return broadcast(*parts)
 
-    def apply(self, X: Tensor) -> Tensor:
-        """G X for X (*batch, T, k), in O(T r k) without H."""
+    def apply(self, X: Tensor, to: Shape | None = None) -> Tensor:
+        """G X for X (*batch, T, k), in O(T r k) without H.
+
+        With ``to`` the batch is summed to that shape, as in :meth:`dense`: of each term by itself,
+        since the terms of a gradient may be summed already, some more than others.
+        """
         terms = [L @ (R.mT @ X) for L, R in self.pairs]
         if not self.is_symmetric:
             terms = [0.5 * x for x in terms]
@@ -48,6 +52,8 @@ class RowMatrix(NamedTuple):
             terms.append(self.diagonal[..., None] * X)
         if self.whole is not None:
             terms.append((self.whole if self.is_symmetric else symmetric(self.whole)) @ X)
+        if to is not None:
+            terms = [sum_to(x, to, 2) for x in terms]
         return sum(terms[1:], terms[0])
 
     def trace(self) -> Tensor:
@@ -72,7 +78,7 @@ class RowMatrix(NamedTuple):
         )
 
     def plus(self, other: RowMatrix) -> RowMatrix:
-        """G plus another symmetric matrix without H and δ."""
+        """G plus another symmetric matrix, of a scale and pairs alone."""
         scale = other.scale if self.scale is None else self.scale
         if self.scale is not None and other.scale is not None:
             scale = self.scale + other.scale

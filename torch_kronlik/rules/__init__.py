@@ -20,8 +20,8 @@ Three idioms:
        sample       F·E with U = F Fᵀ
        posterior    M^½ E
 
-∂ log det U/∂K of a route is ``sums`` of its factor (``factor/spectral.py``, ``factor/shifted.py``),
-put into R Diag(·) Rᵀ by ``quad_logdet``. What M and Σ are, their records know (``rows/``,
+∂ log det U/∂K of a route is a part of ``logdet_gradient`` of its factor: R Diag(·) Rᵀ of
+``factor/columns.py`` for complete data, else ``gradient_in_K`` (``factor/capacitance.py``, …). What M and Σ are, their records know (``rows/``,
 ``noise.py``): the rules give a gradient in M, and ``pull_back`` takes that gradient to the tensors
 of the caller.
 """
