@@ -20,10 +20,10 @@ Three idioms:
        sample       F·E with U = F Fᵀ
        posterior    M^½ E
 
-∂ log det U/∂K of a route is a part of ``logdet_gradient`` of its factor: R Diag(·) Rᵀ of
-``factor/columns.py`` for complete data, else ``gradient_in_K`` (``factor/capacitance.py``, …). What M and Σ are, their records know (``rows/``,
-``noise.py``): the rules give a gradient in M, and ``pull_back`` takes that gradient to the tensors
-of the caller.
+∂ log det U/∂K of a route is a part of ``logdet_gradient`` of its factor: R Diag(·) Rᵀ in
+``factor/columns.py`` for complete data, else ``gradient_in_K`` (``factor/capacitance.py`` and the
+like). What M and Σ are, their records know (``rows/``, ``noise.py``): the rules give a gradient in
+M, and ``pull_back`` takes that gradient to the tensors of the caller.
 """
 
 from ..factor import Spectral
