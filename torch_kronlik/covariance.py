@@ -122,6 +122,8 @@ class KroneckerPlusNoise(Waist):
         super().__init__(rows, K, each, method, observed, noise, row_scale is None)
         own = (Sigma, log_noise, *of_rows.values(), observed)
         self._watched += [x for x in own if x is not None]
+        if row_scale is not None and method in ("auto", "border"):
+            self.scale_rows(row_scale, method if observed is not None else "auto")
 
     @property
     def shape(self) -> torch.Size:

@@ -20,7 +20,7 @@ from .batch import symmetric
 from .checks import check_broadcast, check_data, check_uniform
 from .derivatives import may_be_differentiated
 from .errors import LinAlgError
-from .guards import finite
+from .guards import finite, positive
 from .noise import make_row_noise
 from .rules import (
     WITH_BASIS,
@@ -40,7 +40,7 @@ class Waist:
     """U = M ⊗ K + I_T ⊗ Σ, factorised once, at the first operation that needs it.
 
     Args:
-        rows: M as a row covariance, see :mod:`.rows`.
+        rows: M as a row covariance, see :mod:`.rows`, or a function that returns it.
         K: (*batch, D, D).
         noise: Σ as a noise, see :mod:`.noise`; for a noise of each row a function that returns it,
             so that it is made anew, as the arguments stand, for each operation.
@@ -63,7 +63,9 @@ class Waist:
         new_noise: Any = None,
         has_one_noise: bool = True,
     ) -> None:
-        self.rows, self.K, self._noise, self.observed = rows, K, noise, observed
+        self._rows, self.K, self._noise, self.observed = rows, K, noise, observed
+        self._scaled: Waist | None = None
+        rows = self.rows
         self.new_noise = new_noise if self.is_per_row else noise
         self.has_one_noise = has_one_noise
         noise = self.noise
@@ -94,6 +96,11 @@ class Waist:
         return callable(self._noise)
 
     @property
+    def rows(self) -> Any:
+        """M."""
+        return self._rows() if callable(self._rows) else self._rows
+
+    @property
     def noise(self) -> Any:
         """Σ, or that of each row."""
         return self._noise() if callable(self._noise) else self._noise
@@ -118,6 +125,8 @@ class Waist:
     @property
     def method_used(self) -> str:
         """The route that "auto" stands for here; asking factorises."""
+        if self._scaled is not None:
+            return self._scaled.method_used
         self._factorise()
         return self._method
 
@@ -135,7 +144,8 @@ class Waist:
                 f"an argument of this {type(self).__name__} was changed in place after it was "
                 "factorised: make a new one"
             )
-        return made._replace(parts=self._parts) if self.is_per_row else made
+        made_anew = callable(self._noise) or callable(self._rows)
+        return made._replace(parts=self._parts) if made_anew else made
 
     def _make(self, method: str) -> tuple[Factored, str]:
         if not self.is_per_row:
@@ -146,8 +156,8 @@ class Waist:
                     raise
             self._give_each_row_its_noise()
             method = "auto"
-        if method == "rotated":  # of a copy
-            method = "auto"
+        if method == "rotated" or (method == "border" and not self.has_one_noise):
+            method = "auto"  # of a copy; or beside the problem with scaled rows
         mask = self.observed
         if mask is None:
             mask = torch.ones(self.event_shape, dtype=torch.bool, device=self.device)
@@ -158,6 +168,29 @@ class Waist:
         """A singular Σ is for routes that do not divide by it, which have a noise for each row."""
         shape = self.event_shape[0], self.event_shape[1]
         self._noise = partial(make_row_noise, self._noise, None, None, None, shape, None)
+
+    def scale_rows(self, row_scale: Tensor, method: str) -> None:
+        """U⁻¹ from the problem with one noise that rows divided by √v_t have, where Σ_t = v_t Σ:
+        U = (√V ⊗ I) U' (√V ⊗ I) with M' = V^−½ M V^−½."""
+        self._row_scale = row_scale
+        noise, shape = self.new_noise, (self.event_shape[0], self.event_shape[1])
+        if self.observed is not None:
+            noise = partial(make_row_noise, noise, None, None, None, shape, self.observed)
+        rows = partial(_scaled_rows, self._rows, row_scale)
+        inner = Waist(rows, self.K, noise, method, self.observed, self.new_noise)
+        inner._watched = self._watched
+        self._scaled = inner
+
+    def _inverse_root_scale(self) -> Tensor:
+        """(*batch, T, 1)"""
+        root: Tensor = positive(self._row_scale, "row_scale").rsqrt()[..., None]
+        return root
+
+    def _counts(self) -> Tensor:
+        """How many entries of each row the density is of: (*batch, T) or a number."""
+        if self.observed is None:
+            return self.K.new_tensor(self.event_shape[1])
+        return self.observed.sum(-1).to(self.dtype)
 
     def _of_rows(self) -> Factored | None:
         """The factorisation, where every row has a noise of its own; None otherwise."""
@@ -254,18 +287,28 @@ class Waist:
     @full_precision
     def inverse_matmul(self, Y: Tensor) -> Tensor:
         """A = U⁻¹·Y."""
+        if self._scaled is not None:
+            c = self._inverse_root_scale()
+            return c * self._scaled.inverse_matmul(c * self.seen(Y))
         out: Tensor = rules.solve(self.seen(Y), self._factorise(), None)
         return out
 
     @full_precision
     def quad_logdet(self, Y: Tensor | None) -> tuple[Tensor, Tensor]:
         """(yᵀU⁻¹y, log det U), from one pass over the data; Y = None asks for log det U alone."""
+        if self._scaled is not None:
+            c = self._inverse_root_scale()
+            data = None if Y is None else c * self.seen(Y)
+            inv_quad, logdet = self._scaled.quad_logdet(data)
+            return inv_quad, logdet - 2 * (self._counts() * c.squeeze(-1).log()).sum(-1)
         made = rules.quad_logdet(None if Y is None else self.seen(Y), self._factorise())
         return made.inv_quad, made.logdet
 
     @full_precision
     def inverse_block_sum(self) -> Tensor:
         """B = Σ_t (U⁻¹)_tt, (*batch, D, D)."""
+        if self._scaled is not None:
+            return self.finite(self.inverse_own_blocks().sum(-3))
         U = self._of_rows()
         if U is not None:
             return self.finite(rules.observed.inverse_blocks(U).sum(-3))
@@ -274,6 +317,8 @@ class Waist:
     @full_precision
     def inverse_blocks(self, F: Tensor) -> Tensor:
         """(f_s ⊗ I)ᵀ U⁻¹ (f_s ⊗ I) for each row f_s of F (*batch, S, T): (*batch, S, D, D)."""
+        if self._scaled is not None:
+            return self._scaled.inverse_blocks(F * self._inverse_root_scale().mT)
         U = self._of_rows()
         if U is not None:
             return rules.observed.inverse_blocks(U, F)
@@ -282,6 +327,9 @@ class Waist:
     @full_precision
     def inverse_own_blocks(self) -> Tensor:
         """(U⁻¹)_tt, (*batch, T, D, D)."""
+        if self._scaled is not None:
+            c = self._inverse_root_scale()
+            return c.square()[..., None] * self._scaled.inverse_own_blocks()
         U = self._of_rows()
         if U is not None:
             return rules.observed.inverse_blocks(U)
@@ -292,6 +340,8 @@ class Waist:
     @full_precision
     def explained(self, F: Tensor) -> Tensor:
         """K (f_s ⊗ I)ᵀ U⁻¹ (f_s ⊗ I) K: what data explain of the variances, (*batch, S, D, D)."""
+        if self._scaled is not None:
+            return self._scaled.explained(F * self._inverse_root_scale().mT)
         U = self._of_rows()
         if U is not None:
             return rules.observed.explained(U, F)
@@ -301,6 +351,8 @@ class Waist:
     @full_precision
     def explained_pairs(self, F: Tensor) -> Tensor:
         """The same for all pairs of rows of F: (*batch, S, D, S, D)."""
+        if self._scaled is not None:
+            return self._scaled.explained_pairs(F * self._inverse_root_scale().mT)
         U = self._of_rows()
         if U is not None:
             return rules.observed.explained_pairs(U, F)
@@ -310,6 +362,11 @@ class Waist:
     @full_precision
     def inverse_blocks_diagonal(self, F: Tensor | None = None) -> Tensor:
         """The diagonals of :meth:`inverse_blocks`, (*batch, S, D); F = None is the identity."""
+        if self._scaled is not None:
+            c = self._inverse_root_scale()
+            if F is None:
+                return c.square() * self._scaled.inverse_blocks_diagonal()
+            return self._scaled.inverse_blocks_diagonal(F * c.mT)
         U = self._of_rows()
         if U is not None:
             blocks = rules.observed.inverse_blocks(U, F)
@@ -319,6 +376,8 @@ class Waist:
     @full_precision
     def inverse_pairs(self, F: Tensor) -> Tensor:
         """(f_s ⊗ I)ᵀ U⁻¹ (f_u ⊗ I) for all pairs of rows of F: (*batch, S, D, S, D)."""
+        if self._scaled is not None:
+            return self._scaled.inverse_pairs(F * self._inverse_root_scale().mT)
         U = self._of_rows()
         if U is not None:
             return rules.observed.inverse_pairs(U, F)
@@ -354,6 +413,10 @@ class Waist:
                     raise
         inv_quad, logdet = self.quad_logdet(Y)
         return 0.5 * (inv_quad + logdet + self.num_observed * math.log(2 * math.pi))
+
+
+def _scaled_rows(rows: Any, row_scale: Tensor) -> Any:
+    return rows.scaled(positive(row_scale, "row_scale").rsqrt())
 
 
 def _rows_and_columns(U: Tensor, observed: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from ..records import Matrix, Vector
 from ..rows import RowMatrix
 from .base import PARTIAL, Factor
 from .partial import gradient_of, gradients_of, hvp_of, no_sums
+from .plan import require_memory
 from .solves import cholesky_solve, half_solve
 
 __all__ = ["Direct", "direct"]
@@ -36,6 +37,8 @@ def direct(
     flags = observed.expand(*batch, T, D).flatten(-2)
     places = torch.argsort(flags, dim=-1, descending=True, stable=True)
     n = T * D if traced or not flags.numel() else int(flags.sum(-1).max())
+    if not traced:
+        require_memory(n, T, D, M)
     places = places[..., :n].contiguous()
     real = flags.take_along_dim(places, -1)
     t, d = places // D, places % D

@@ -7,7 +7,11 @@ the numerical rank of M, the rank of K and the type of device. The constants wer
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 __all__ = [
     "METHODS",
@@ -18,7 +22,9 @@ __all__ = [
     "check_observed_method",
     "costs",
     "max_features",
+    "memory",
     "prefers_border",
+    "require_memory",
 ]
 
 METHODS = ("auto", "spectral", "cholesky", "low_rank")
@@ -46,6 +52,28 @@ def check_observed_method(method: str) -> None:
 def max_features(T: int, D: int, q: int) -> int:
     """The rank of M up to which the capacitance matrix, r q square, is small beside U."""
     return min(T, T * D // (3 * max(q, 1)))
+
+
+def memory(device: torch.device) -> int | None:
+    """Bytes of the machine, or of the GPU; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def require_memory(n: int, T: int, D: int, like: Tensor) -> None:
+    """Raise where the factor of n observed entries, U⁻¹ and its copy do not fit."""
+    needed, there = (n * n + 2 * (T * D) ** 2) * like.element_size(), memory(like.device)
+    if there is not None and needed > there:
+        sizes = f"{needed / 1e9:.1f} GB where there are {there / 1e9:.1f}"
+        raise ValueError(
+            f"M is of full rank, and {n} observed entries need matrices of size {T * D} "
+            f"(T = {T}, D = {D}), {sizes}: a smooth kernel, M of low rank (LowRankRoot), the same "
+            "noise in all rows or fewer rows would fit"
+        )
 
 
 def prefers_border(T: int, D: int, m: int) -> bool:

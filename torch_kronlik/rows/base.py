@@ -71,6 +71,9 @@ class RowCovarianceMembers(Protocol):
     def dense(self) -> Tensor:
         """M as a matrix, (*batch, T, T), as it stands."""
 
+    def scaled(self, c: Tensor) -> Any:
+        """Diag(c) M Diag(c) for c (*batch, T), as a row covariance."""
+
     def basis(self) -> tuple[Tensor, Tensor] | None:
         """(s, P) with M = P Diag(s) Pᵀ, s (*batch, r) and P (*batch, T, r) constants for
         differentiation; None where finding them is a matter of the route."""

@@ -59,6 +59,9 @@ class Dense(NamedTuple):
     def dense(self) -> Tensor:
         return self.M
 
+    def scaled(self, c: Tensor) -> Dense:
+        return Dense(c[..., :, None] * self.M * c[..., None, :])
+
     def basis(self) -> None:
         return None
 

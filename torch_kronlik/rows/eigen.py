@@ -23,6 +23,7 @@ from ..errors import require_finite
 from ..guards import finite
 from ..records import Matrix, Vector
 from .base import Rows
+from .dense import Dense
 from .row_matrix import RowMatrix
 
 __all__ = ["SymmetricEigen", "eigen", "eigh", "precise_eigh", "rounded", "symmetric_eigen"]
@@ -127,6 +128,10 @@ class SymmetricEigen(NamedTuple):
     def dense(self) -> Tensor:
         """M as a matrix, (*batch, T, T)."""
         return (self.eigenvectors * self.eigenvalues[..., None, :]) @ self.eigenvectors.mT
+
+    def scaled(self, c: Tensor) -> Dense:
+        """A matrix: its eigenvectors are others."""
+        return Dense(self.dense()).scaled(c)
 
     def basis(self) -> tuple[Tensor, Tensor]:
         return self.eigenvalues, self.eigenvectors

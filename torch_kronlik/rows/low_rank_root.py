@@ -84,6 +84,9 @@ class LowRankRoot(NamedTuple):
         """M as a matrix, (*batch, T, T)."""
         return self.F @ self.F.mT
 
+    def scaled(self, c: Tensor) -> LowRankRoot:
+        return LowRankRoot(c[..., None] * self.F)
+
     def basis(self) -> tuple[Tensor, Tensor]:
         s, P = _basis_of_root(self.F)
         return s, P

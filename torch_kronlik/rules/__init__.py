@@ -15,7 +15,7 @@ Three idioms:
 2. The series about the factorisation: exact in value, first and second derivatives.
        expansion    B, blocks and diagonals of U⁻¹, traces with U⁻¹
        posterior    all pairs of blocks
-   observed     the same for observed entries, where solves carry the derivatives
+       observed     the same for observed entries, where solves carry the derivatives
 3. First order, with a clear refusal of the second: dV_ab = dA_ab / (v_a + v_b).
        sample       F·E with U = F Fᵀ
        posterior    M^½ E
