@@ -533,6 +533,15 @@ def test_two_backward_passes_through_one_covariance(method: str) -> None:
     assert torch.equal(first, second)
 
 
+def test_two_backward_passes_where_rows_are_scaled() -> None:
+    p = make_observed(100, 2, kind="rbf", noise="scaled")
+    v = p.noise["row_scale"].clone().requires_grad_()
+    U = p._replace(noise={**p.noise, "row_scale": v}, observed=None).covariance()
+    assert U.method_used == "low_rank"
+    first, second = (grad(U.inverse_diagonal().sum(), v)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
 @each_route
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_made_where_no_gradient_is_recorded(mode: Any, method: str) -> None:

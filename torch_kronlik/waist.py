@@ -217,7 +217,7 @@ class Waist:
             )
         if self._completed is None:
             self._completed = _outside_inference(partial(rules.completed, U))
-        return self._completed
+        return self._completed._replace(parts=U.parts)
 
     def _differentiable(self) -> Factored:
         """The factorisation as the derivatives of functionals need it: on the low-rank route, the
