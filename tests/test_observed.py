@@ -491,6 +491,7 @@ def test_operators() -> None:
         (ops.border.default, (p.M, lam, R, places, real)),
         (ops.direct.default, (p.M, p.K, Sigma, observed, True)),
         (ops.rotated.default, (torch.rand(5).double(), p.K, p.noise["Sigma"])),
+        (ops.positive.default, (torch.ones(3).double().requires_grad_(), "row_scale")),
     ]
     for op, args in calls:
         opcheck(op, args)
