@@ -46,6 +46,7 @@ ELSEWHERE |= {
     "border",
     "direct",
     "rotated",
+    "positive",
 }
 ELSEWHERE |= {"small_nll", "gaussian_nll_small", "expm_action", "expm_gradient", "expm_jacobian"}
 
