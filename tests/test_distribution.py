@@ -112,7 +112,7 @@ def test_row_factor_may_be_diagonalised_once() -> None:
     [("rank_one_M", "low_rank"), ("matern12", "cholesky"), ("identity", "cholesky")],
 )
 def test_rows_in_number_enough_for_another_route(kind: str, route: str) -> None:
-    p, q = (make_problem(100, 2, kind=kind, seed=seed) for seed in (0, 1))
+    p, q = (make_problem(256, 2, kind=kind, seed=seed) for seed in (0, 1))
     d, e, value = kronecker(p), kronecker(q), values_for(p, 2)
     assert d._covariance.method_used == route
     kappa = max(condition_number(p), condition_number(q))
@@ -130,7 +130,7 @@ def test_rows_in_number_enough_for_another_route(kind: str, route: str) -> None:
 def test_draw_and_divergence_use_the_factorisation(kind: str, diagonalised: int) -> None:
     """Of low rank, or by Cholesky factors: then the first draw needs the eigenvectors of M."""
     with Recorder() as recorder:
-        d = kronecker(make_problem(100, 2, kind=kind))
+        d = kronecker(make_problem(256, 2, kind=kind))
         d.rsample(), d.expand((2,)).rsample(), kl_divergence(d, d), d.entropy()
     assert recorder.count("eigen") == diagonalised
     assert recorder.count("whiten") == 1

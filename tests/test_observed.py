@@ -218,7 +218,7 @@ def test_low_rank_root_and_eigen_as_rows(method: str) -> None:
 
 
 def test_auto_finds_the_structure() -> None:
-    complete = make_observed(100, 2, kind="matern12", noise="scaled")._replace(observed=None)
+    complete = make_observed(256, 2, kind="matern12", noise="scaled")._replace(observed=None)
     assert complete.covariance().method_used == "cholesky"
     smooth = make_observed(80, 2, kind="rbf")
     assert smooth.covariance().method_used == "capacitance"
@@ -392,6 +392,13 @@ def test_impute(mask: str, noise: str, method: str) -> None:
     m, C = p.given_the_rest(p.whole(), p.whole())
     close(mean, torch.where(p.observed, p.Y, m.reshape(p.Y.shape)))
     close(variance, torch.where(p.observed, 0, C.diagonal().reshape(p.Y.shape)))
+
+
+def test_impute_without_a_mask_wants_all_entries() -> None:
+    p = make_observed(4, 2)._replace(observed=None)
+    assert torch.equal(p.covariance().impute(p.Y)[0], p.Y)
+    with pytest.raises(ValueError, match=r"Y must be finite, but Y\[1, 0\] is nan"):
+        p.covariance().impute(p.Y.index_fill(0, torch.tensor([1]), torch.nan))
 
 
 @each_route

@@ -49,20 +49,21 @@ class KroneckerPlusNoise(Waist):
             included, is not looked at. Results keep the shape (T, D) and are zero there; ``logdet``
             and the densities are those of the observed entries.
         method: "auto", "spectral" (both factors diagonalised), "cholesky" (a T×T factorisation for
-            each non-zero eigenvalue of K) or "low_rank" (M of low numerical rank; another M goes
-            to "spectral"). Every method is exact to rounding; "auto" takes the cheapest. A
-            SymmetricEigen is diagonalised already: every method is "spectral" then. With
-            ``observed`` or a noise for each row: "auto", "capacitance" (M of low rank r: a matrix
-            of size r·D), "border" (one noise for all rows: the complete U, less the missing
-            entries) or "dense" (the covariance of the observed entries itself). A singular Sigma
-            has a route of its own: ``method_used`` is "rotated" then.
+            each non-zero eigenvalue of K) or "low_rank" (by pivoted Cholesky factorisation, cheap
+            for M of low numerical rank). Every method is exact to rounding; "auto" takes the
+            cheapest, and ``method_used`` says which. For a SymmetricEigen, which is diagonalised
+            already, it is always "spectral". With ``observed`` or a noise for each row: "auto",
+            "capacitance" (M of low rank r: a matrix of size r·D), "border" (one noise for all rows:
+            the complete U, less the missing entries) or "dense" (the covariance of the observed
+            entries itself). For complete data with row_scale, ``method_used`` is the route of the
+            problem with scaled rows; with a singular Sigma it is "rotated".
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device or shape does not fit.
 
     The operations raise ValueError for an argument that is not finite and
-    ``torch.linalg.LinAlgError`` where Sigma or U is not positive definite. An M whose negative
-    eigenvalues are within rounding (T·eps times the largest one) may pass for semidefinite.
+    ``torch.linalg.LinAlgError`` where Sigma is indefinite or U is not positive definite. M and K
+    are not checked by themselves: where one of them is indefinite, U may be positive definite.
 
     Cost: O(T³ + D³) for the factorisation, O(T²·D + T·D²) for a solve; memory O(T² + T·D + D²).
     With ``observed`` or a noise for each row, and M of rank r: O(T·r²·D² + (r·D)³) and O(T·r·D);
@@ -127,7 +128,7 @@ class KroneckerPlusNoise(Waist):
 
     @property
     def shape(self) -> torch.Size:
-        """(*batch, T·D, T·D)."""
+        """(*batch, T·D, T·D), whatever is observed."""
         n = self.event_shape.numel()
         return torch.Size((*self.batch_shape, n, n))
 
@@ -176,7 +177,8 @@ class KroneckerPlusNoise(Waist):
         return self.finite(self.inverse_blocks_diagonal())
 
     def to_dense(self) -> Tensor:
-        """U itself, (*batch, T·D, T·D): for small problems and for checking."""
+        """U itself, (*batch, T·D, T·D), or with ``observed`` its rows and columns at the observed
+        entries: for small problems and for checking."""
         return self.dense()
 
     @full_precision

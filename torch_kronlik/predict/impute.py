@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..autocast import full_precision
 from ..batch import symmetric
+from ..guards import finite
 from ..waist import Waist
 
 __all__ = ["impute"]
@@ -25,7 +26,7 @@ def impute(U: Waist, Y: Tensor) -> tuple[Tensor, Tensor]:
     """
     U.check_data("Y", Y)
     if U.observed is None:
-        return Y, torch.zeros_like(Y)
+        return finite(Y, Y=Y), torch.zeros_like(Y)
     A = U.inverse_matmul(Y)
     mean = U.rows.symmetric_matmul(A @ symmetric(U.K)) + U.noise.matmul(A)
     Sigma = U.noise.blocks()

@@ -45,6 +45,10 @@ class KroneckerPosterior:
         TypeError, ValueError: an argument does not fit, or is not finite.
         torch.linalg.LinAlgError: U is not positive definite, or Sigma is indefinite.
 
+    New observations have the noise Σ of all rows, with ``row_scale`` too. With ``row_Sigma`` or
+    ``row_log_noise`` their noise is not known: ``observation_variance``, ``log_prob`` and draws of
+    observations raise ValueError.
+
     Accuracy: variances are what the data leave of the prior variance, computed as this difference
     and not clamped: their error is of the order of eps·M_**[t,t]·K[d,d], however small the result.
     No other formula does better from these arguments, whose own rounding moves the result by as

@@ -211,7 +211,8 @@ register(_constant_eigen, vjp=_refuse, jvp=_refuse, core_dims=lambda M: ([2], [1
 def symmetric_eigen(M: Tensor) -> SymmetricEigen:
     """Diagonalise a symmetric positive semidefinite matrix that stays the same over many calls.
 
-    M = P Diag(s) Pᵀ. Every later evaluation with the result costs O(T²·D + T·D²).
+    M = P Diag(s) Pᵀ. Every later evaluation with the result costs O(T²·D + T·D²), where all entries
+    are observed and all rows have one noise.
 
     Args:
         M: (*batch, T, T), symmetric. Gradients do not flow through an eigendecomposition here, so
