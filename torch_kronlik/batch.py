@@ -16,6 +16,8 @@ __all__ = [
     "broadcast",
     "mean_with_transpose",
     "outer_to",
+    "places_of",
+    "submatrix",
     "sum_to",
     "symmetric",
     "unflatten",
@@ -85,3 +87,18 @@ def unflatten(X: Tensor, dim: int, sizes: Shape) -> Tensor:
     """``X.unflatten(dim, sizes)``, which has no annotation."""
     out: Tensor = X.unflatten(dim, sizes)
     return out
+
+
+def places_of(flags: Tensor, count: int | None = None) -> Tensor:
+    """Where the last dimension of ``flags`` (*batch, N) is true, in order: (*batch, n), n the most
+    in the batch unless ``count`` says how many. Where there are fewer, other places follow."""
+    order = torch.argsort(flags.byte(), dim=-1, descending=True, stable=True)
+    if count is None:
+        count = int(flags.sum(-1).max()) if flags.numel() else 0
+    return order[..., :count].contiguous()
+
+
+def submatrix(X: Tensor, places: Tensor) -> Tensor:
+    """The rows and columns of X (*batch, N, N) at the places (*batch, n)."""
+    rows = X.take_along_dim(places[..., :, None], -2)
+    return rows.take_along_dim(places[..., None, :], -1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import rules
 from .autocast import full_precision
-from .batch import symmetric
+from .batch import places_of, submatrix, symmetric
 from .checks import check_broadcast, check_data, check_uniform
 from .derivatives import may_be_differentiated
 from .errors import LinAlgError
@@ -424,11 +424,8 @@ def _rows_and_columns(U: Tensor, observed: Tensor) -> Tensor:
     counts = observed.sum(-1)
     if counts.numel() and bool((counts != counts.flatten()[0]).any()):
         raise ValueError("to_dense needs as many observed entries in each batch element")
-    n = int(counts.flatten()[0]) if counts.numel() else 0
-    places = torch.argsort(observed.byte(), dim=-1, descending=True, stable=True)[..., :n]
-    places = places.expand(*U.shape[:-2], n)
-    rows = U.take_along_dim(places[..., :, None], -2)
-    return rows.take_along_dim(places[..., None, :], -1)
+    places = places_of(observed)
+    return submatrix(U, places.expand(*U.shape[:-2], places.shape[-1]))
 
 
 def _outside_inference(make: Callable[[], _Made]) -> _Made:

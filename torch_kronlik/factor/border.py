@@ -11,20 +11,18 @@ Plain numerics: nothing here is differentiated. Source: docs/maths.md, "Border".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..batch import Shape, mean_with_transpose, symmetric, unflatten
+from ..batch import mean_with_transpose, places_of, symmetric, unflatten
 from ..errors import COVARIANCE, not_positive_definite, require_finite
 from ..records import Matrix, Scalar, Stack, Vector
 from ..rows import RowMatrix
 from . import shifted
-from .base import PARTIAL, Factor
 from .columns import columns
-from .partial import gradient_of, gradients_of, hvp_of, no_sums
+from .partial import gather, no_sums, register_partial, scatter
 from .solves import cholesky_solve, half_solve
 
 __all__ = ["Border", "border", "missing"]
@@ -34,9 +32,7 @@ def missing(observed: Tensor) -> tuple[Tensor, Tensor]:
     """The places of the missing entries among the T·D, (*batch, m), and 1 where such a place is
     meant, 0 where it fills up the batch."""
     flags = 1 - observed.flatten(-2)
-    places = torch.argsort(flags, dim=-1, descending=True, stable=True)
-    m = int(flags.sum(-1).max()) if flags.numel() else 0
-    places = places[..., :m].contiguous()
+    places = places_of(flags)
     return places, flags.take_along_dim(places, -1)
 
 
@@ -78,7 +74,7 @@ def _columns(inverses: Tensor, R: Tensor, places: Tensor, real: Tensor) -> Tenso
     return result
 
 
-@Factor.register_beside(Noise=PARTIAL)
+@register_partial
 class Border(NamedTuple):
     """Every tensor has the batch shape of what it was computed from."""
 
@@ -91,11 +87,6 @@ class Border(NamedTuple):
     real: Vector  # 1, and 0 for a place that fills up the batch: (*batch, m)
     X: Stack  # (*batch, T, D, m)
     G: Matrix  # (*batch, m, m), the Cholesky factor of P
-
-    @property
-    def complement(self) -> int:
-        """Nothing that the derivatives need is left out."""
-        return 0
 
     # --- value and solve ---------------------------------------------------------------------
 
@@ -123,34 +114,17 @@ class Border(NamedTuple):
 
     def _gather(self, Y: Tensor) -> Tensor:
         """The missing entries of Y (*batch, T, D): (*batch, m, 1)."""
-        flat = Y.flatten(-2)
-        batch = torch.broadcast_shapes(flat.shape[:-1], self.places.shape[:-1])
-        places = self.places.expand(*batch, self.places.shape[-1])
-        own = flat.expand(*batch, flat.shape[-1]).take_along_dim(places, -1)
-        return (own * self.real)[..., None]
+        return gather(Y[..., None], self.places, self.real)
 
     def _scatter(self, x: Tensor) -> Tensor:
         """(*batch, m, 1) at the missing entries of (*batch, T, D), zero elsewhere."""
-        x = x.squeeze(-1) * self.real
-        shape = self.X.shape[-3:-1]
-        out = x.new_zeros((*x.shape[:-1], shape.numel()))
-        return unflatten(out.scatter(-1, self.places.expand(x.shape), x), -1, shape)
+        return scatter(x, self.places, self.real, self.X.shape[-3:-1]).squeeze(-1)
 
     def _without(self, A: Tensor) -> Tensor:
         """A with zeros at the missing entries."""
         batch = torch.broadcast_shapes(A.shape[:-2], self.places.shape[:-1])
         gone = self._scatter(torch.ones_like(self.real)[..., None])
         return torch.where(gone > 0, 0, A.expand(*batch, *A.shape[-2:]))
-
-    def solve_scaled(self, A: Tensor) -> Tensor:
-        """A itself is what :meth:`quad_logdet` leaves."""
-        return A.clone()
-
-    def sizes_of_sums(self) -> tuple[int, int, int]:
-        return 0, 0, 0
-
-    def quadratic_in_K(self, g: Tensor, A: Tensor, to: Shape | None) -> None:
-        """Nothing better than the product with M."""
 
     # --- functionals of Q --------------------------------------------------------------------
 
@@ -180,11 +154,6 @@ class Border(NamedTuple):
         blocks = self._less(self.inverses.diagonal(dim1=-2, dim2=-1), half)
         kept = self._without(torch.ones_like(blocks[..., 0]))
         return blocks * kept[..., :, None] * kept[..., None, :]
-
-    def explained(self, weights: Tensor, K: Tensor) -> Tensor:
-        """K (x_s ⊗ I)ᵀ Q (x_s ⊗ I) K."""
-        K = K[..., None, :, :]
-        return K @ self.blocks(weights) @ K
 
     def explained_pairs(self, weights: Tensor, K: Tensor) -> Tensor:
         """The same for all pairs of weights: (*batch, S, D, S, D)."""
@@ -229,16 +198,3 @@ class Border(NamedTuple):
     def gradient_in_noise(self, half: Tensor) -> Tensor:
         """Q_tt, one below the other."""
         return self._own_blocks(half).flatten(-3, -2)
-
-    def logdet_gradient(
-        self, U: Any, g: Tensor, to: Any, saved: Sequence[Tensor] | None
-    ) -> tuple[RowMatrix | None, Tensor | None, Any]:
-        return gradient_of(self, U, g, to)
-
-    def logdet_gradients(self, U: Any) -> tuple[RowMatrix, Tensor, Tensor]:
-        return gradients_of(self, U)
-
-    def logdet_hvp(
-        self, U: Any, dM: RowMatrix | None, dK: Tensor | None, dSigma: Tensor | None
-    ) -> tuple[RowMatrix, Tensor, Tensor]:
-        return hvp_of(self, U, dM, dK, dSigma)

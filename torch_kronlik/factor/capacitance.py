@@ -9,7 +9,6 @@ Plain numerics: nothing here is differentiated. Source: Woodbury; docs/maths.md,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +18,7 @@ from ..batch import Shape, outer_to, symmetric, unflatten
 from ..noise import rows_of
 from ..records import Matrix, Scalar
 from ..rows import RowMatrix
-from .base import PARTIAL, Factor
-from .partial import gradient_of, gradients_of, hvp_of, no_sums
+from .partial import no_sums, register_partial
 from .solves import cholesky_solve, half_solve
 
 __all__ = ["Capacitance", "capacitance"]
@@ -43,7 +41,7 @@ def _gram(F: Tensor, W: Tensor) -> Tensor:
     return out.flatten(-4, -3).flatten(-2)
 
 
-@Factor.register_beside(Noise=PARTIAL)
+@register_partial
 class Capacitance(NamedTuple):
     """Every tensor has the batch shape of what it was computed from."""
 
@@ -52,11 +50,6 @@ class Capacitance(NamedTuple):
     N: Matrix  # the N_t, one below the other: (*batch, T·D, D)
     L: Matrix  # (*batch, r·q, r·q), the Cholesky factor of C
     logdet_noise: Scalar  # Σ_t log det Σ_t,oo
-
-    @property
-    def complement(self) -> int:
-        """Nothing that the derivatives need is left out."""
-        return 0
 
     # --- value and solve ---------------------------------------------------------------------
 
@@ -95,13 +88,6 @@ class Capacitance(NamedTuple):
         """A = Q·Y."""
         return self._regress(Y)[2]
 
-    def solve_scaled(self, A: Tensor) -> Tensor:
-        """A itself is what :meth:`quad_logdet` leaves."""
-        return A.clone()
-
-    def sizes_of_sums(self) -> tuple[int, int, int]:
-        return 0, 0, 0
-
     def quadratic_in_K(self, g: Tensor, A: Tensor, to: Shape | None) -> Tensor | None:
         """g Aᵀ M A, as g (FᵀA)ᵀ (FᵀA): what M annihilates in a large A then cancels."""
         if to is None:
@@ -117,8 +103,7 @@ class Capacitance(NamedTuple):
 
     def _halves(self, weights: Tensor) -> Tensor:
         """L⁻¹ Σ_t x_st φ_tᵀ N_t for weights x (*batch, S, T): (*batch, S, r·q, D)."""
-        wide = self.F[..., :, :, None, None] * self._columns().mT[..., :, None, :, :]
-        out = weights @ wide.flatten(-3)
+        out = weights @ self._features_times(self._columns().mT).flatten(-3)
         r, (D, q) = self.F.shape[-1], self.H.shape[-2:]
         return half_solve(self.L[..., None, :, :], out.unflatten(-1, (r * q, D)))
 
@@ -127,16 +112,23 @@ class Capacitance(NamedTuple):
         the identity: the blocks Q_tt."""
         N = rows_of(self.N)
         if weights is None:
-            half = self._own_halves()
-            return N - half.mT @ half
+            return self._own_blocks(self._columns())
         half = self._halves(weights)
         squares = unflatten(weights.square() @ N.flatten(-2), -1, N.shape[-2:])
         return squares - half.mT @ half
 
-    def _own_halves(self) -> Tensor:
-        """L⁻¹ φ_tᵀ N_t for each t, (*batch, T, r·q, D)."""
-        wide = self.F[..., :, :, None, None] * self._columns().mT[..., :, None, :, :]
-        return half_solve(self.L[..., None, :, :], wide.flatten(-3, -2))
+    def _own_blocks(self, columns: Tensor) -> Tensor:
+        """Q_tt, from the N_t H."""
+        half = self._own_halves(columns)
+        return rows_of(self.N) - half.mT @ half
+
+    def _own_halves(self, columns: Tensor) -> Tensor:
+        """L⁻¹ φ_tᵀ N_t for each t, (*batch, T, r·q, D), from the N_t H."""
+        return half_solve(self.L[..., None, :, :], self._features_times(columns.mT).flatten(-3, -2))
+
+    def _features_times(self, W: Tensor) -> Tensor:
+        """f_t ⊗ W_t for W (*batch, T, a, b): (*batch, T, r, a, b)."""
+        return self.F[..., :, :, None, None] * W[..., :, None, :, :]
 
     def explained(self, weights: Tensor, K: Tensor) -> Tensor:
         """K (x_s ⊗ I)ᵀ Q (x_s ⊗ I) K.
@@ -178,7 +170,7 @@ class Capacitance(NamedTuple):
         more = (rest @ self.F) * inverse
         g, rest = g + more, rest - more @ self.F.mT
         V = self.H.mT[..., None, :, :] @ self._columns()
-        wide = (self.F[..., :, :, None, None] * V[..., :, None, :, :]).flatten(-3)
+        wide = self._features_times(V).flatten(-3)
         (r, q), S = (self.F.shape[-1], self.H.shape[-1]), X.shape[-2]
         eye = torch.eye(q, dtype=g.dtype, device=g.device)
         a = g[..., :, :, None, None] * eye  # (S, r, q, q)
@@ -189,7 +181,7 @@ class Capacitance(NamedTuple):
 
     def inverse(self) -> Tensor:
         """Q as a matrix, (*batch, T·D, T·D)."""
-        half = self._own_halves().mT.flatten(-3, -2)
+        half = self._own_halves(self._columns()).mT.flatten(-3, -2)
         N, T = rows_of(self.N), self.F.shape[-2]
         eye = torch.eye(T, dtype=N.dtype, device=N.device)
         blocks = eye[:, None, :, None] * N[..., :, :, None, :]
@@ -207,7 +199,7 @@ class Capacitance(NamedTuple):
         if not bool(torch.triu(N, 1).any()):
             return self._gradient_in_M_diagonal(U)
         V = self.H.mT[..., None, :, :] @ columns
-        wide = self.F[..., :, :, None, None] * V[..., :, None, :, :]  # (T, r, q, a)
+        wide = self._features_times(V)  # (T, r, q, a)
         half = half_solve(self.L, wide.movedim(-4, -2).flatten(-4, -3).flatten(-2))
         X = half.unflatten(-1, (wide.shape[-4], -1)).movedim(-2, -3).flatten(-2)  # (T, r q a)
         diagonal = (K * N).sum((-2, -1))
@@ -238,17 +230,4 @@ class Capacitance(NamedTuple):
 
     def gradient_in_noise(self, columns: Tensor) -> Tensor:
         """Q_tt, one below the other."""
-        return self.blocks(None).flatten(-3, -2)
-
-    def logdet_gradient(
-        self, U: Any, g: Tensor, to: Any, saved: Sequence[Tensor] | None
-    ) -> tuple[RowMatrix | None, Tensor | None, Any]:
-        return gradient_of(self, U, g, to)
-
-    def logdet_gradients(self, U: Any) -> tuple[RowMatrix, Tensor, Tensor]:
-        return gradients_of(self, U)
-
-    def logdet_hvp(
-        self, U: Any, dM: RowMatrix | None, dK: Tensor | None, dSigma: Tensor | None
-    ) -> tuple[RowMatrix, Tensor, Tensor]:
-        return hvp_of(self, U, dM, dK, dSigma)
+        return self._own_blocks(columns).flatten(-3, -2)

@@ -5,19 +5,17 @@ Plain numerics: nothing here is differentiated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..batch import Shape, mean_with_transpose, symmetric, unflatten
+from ..batch import mean_with_transpose, places_of, submatrix, symmetric, unflatten
 from ..errors import COVARIANCE, not_positive_definite, require_finite
 from ..noise import rows_of
 from ..records import Matrix, Vector
 from ..rows import RowMatrix
-from .base import PARTIAL, Factor
-from .partial import gradient_of, gradients_of, hvp_of, no_sums
+from .partial import gather, no_sums, register_partial, scatter
 from .plan import require_memory
 from .solves import cholesky_solve, half_solve
 
@@ -35,15 +33,14 @@ def direct(
     T, D = observed.shape[-2:]
     batch = torch.broadcast_shapes(M.shape[:-2], K.shape[:-2], Sigma.shape[:-2])
     flags = observed.expand(*batch, T, D).flatten(-2)
-    places = torch.argsort(flags, dim=-1, descending=True, stable=True)
-    n = T * D if traced or not flags.numel() else int(flags.sum(-1).max())
+    places = places_of(flags, T * D if traced else None)
+    n = places.shape[-1]
     if not traced:
         require_memory(n, T, D, M)
-    places = places[..., :n].contiguous()
     real = flags.take_along_dim(places, -1)
     t, d = places // D, places % D
-    U = _both(mean_with_transpose(M).expand(*batch, T, T), t)
-    U = U * _both(symmetric(K).expand(*batch, D, D), d)
+    U = submatrix(mean_with_transpose(M).expand(*batch, T, T), t)
+    U = U * submatrix(symmetric(K).expand(*batch, D, D), d)
     blocks = symmetric(rows_of(Sigma)).expand(*batch, T, D, D)
     rows = blocks.flatten(-3, -2).take_along_dim(places[..., None], -2)  # Σ_t[d, :]
     noise = rows.gather(-1, d[..., None, :].expand(*batch, n, n))
@@ -57,13 +54,7 @@ def direct(
     return places, real, L.contiguous()
 
 
-def _both(X: Tensor, index: Tensor) -> Tensor:
-    """X[index][:, index]"""
-    rows = X.take_along_dim(index[..., :, None], -2)
-    return rows.take_along_dim(index[..., None, :], -1)
-
-
-@Factor.register_beside(Noise=PARTIAL)
+@register_partial
 class Direct(NamedTuple):
     """Every tensor has the joint batch shape."""
 
@@ -72,27 +63,15 @@ class Direct(NamedTuple):
     L: Matrix  # (*batch, n, n), the Cholesky factor of U at the observed entries
     like: Matrix  # (*batch, T, D), for its shape
 
-    @property
-    def complement(self) -> int:
-        """Nothing that the derivatives need is left out."""
-        return 0
-
     # --- value and solve ---------------------------------------------------------------------
 
     def _gather(self, Y: Tensor) -> Tensor:
         """The observed entries of Y (*batch, T, D, k): (*batch, n, k)."""
-        flat = Y.flatten(-3, -2)
-        batch = torch.broadcast_shapes(flat.shape[:-2], self.places.shape[:-1])
-        flat = flat.expand(*batch, *flat.shape[-2:])
-        places = self.places.expand(*batch, self.places.shape[-1])[..., None]
-        return flat.take_along_dim(places, -2) * self.real[..., None]
+        return gather(Y, self.places, self.real)
 
     def _scatter(self, x: Tensor) -> Tensor:
         """(*batch, n, k) at the observed entries of (*batch, T, D, k), zero elsewhere."""
-        shape = self.like.shape[-2:]
-        out = x.new_zeros((*x.shape[:-2], shape.numel(), x.shape[-1]))
-        places = self.places[..., None].expand(x.shape)
-        return unflatten(out.scatter(-2, places, x * self.real[..., None]), -2, shape)
+        return scatter(x, self.places, self.real, self.like.shape[-2:])
 
     def quad_logdet(self, Y: Tensor | None) -> tuple[Tensor, ...]:
         """(inv_quad, logdet), A, and nothing else to reuse."""
@@ -106,16 +85,6 @@ class Direct(NamedTuple):
     def solve(self, Y: Tensor) -> Tensor:
         """A = Q·Y."""
         return self._scatter(cholesky_solve(self.L, self._gather(Y[..., None]))).squeeze(-1)
-
-    def solve_scaled(self, A: Tensor) -> Tensor:
-        """A itself is what :meth:`quad_logdet` leaves."""
-        return A.clone()
-
-    def sizes_of_sums(self) -> tuple[int, int, int]:
-        return 0, 0, 0
-
-    def quadratic_in_K(self, g: Tensor, A: Tensor, to: Shape | None) -> None:
-        """Nothing better than the product with M."""
 
     # --- functionals of Q --------------------------------------------------------------------
 
@@ -176,16 +145,3 @@ class Direct(NamedTuple):
     def gradient_in_noise(self, Q: Tensor) -> Tensor:
         """Q_tt, one below the other."""
         return Q.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).flatten(-3, -2)
-
-    def logdet_gradient(
-        self, U: Any, g: Tensor, to: Any, saved: Sequence[Tensor] | None
-    ) -> tuple[RowMatrix | None, Tensor | None, Any]:
-        return gradient_of(self, U, g, to)
-
-    def logdet_gradients(self, U: Any) -> tuple[RowMatrix, Tensor, Tensor]:
-        return gradients_of(self, U)
-
-    def logdet_hvp(
-        self, U: Any, dM: RowMatrix | None, dK: Tensor | None, dSigma: Tensor | None
-    ) -> tuple[RowMatrix, Tensor, Tensor]:
-        return hvp_of(self, U, dM, dK, dSigma)

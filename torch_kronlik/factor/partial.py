@@ -7,15 +7,17 @@ Every functional of U⁻¹ is the same one of Q. Here are those that a route mak
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..batch import sum_to, symmetric
+from ..batch import Shape, sum_to, symmetric, unflatten
 from ..rows import RowMatrix
+from .base import PARTIAL, Factor
 
-__all__ = ["gradient_of", "gradients_of", "hvp_of", "no_sums"]
+__all__ = ["gather", "no_sums", "register_partial", "scatter"]
 
 
 def no_sums(like: Tensor, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,27 +26,85 @@ def no_sums(like: Tensor, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
     return empty, empty.clone(), empty.clone()
 
 
-def gradient_of(f: Any, U: Any, g: Tensor, to: Any) -> tuple[RowMatrix | None, Tensor | None, Any]:
-    """See :func:`.columns.logdet_gradient`, for a route that has the three gradients as methods of
-    what they share."""
-    G = K = noise = None
-    shared = f.shared()
-    if to.rows is not None:
-        G = f.gradient_in_M(U, shared).scaled(g)
-    if to.K is not None:
-        K = sum_to(g[..., None, None] * f.gradient_in_K(U, shared), to.K, 2)
-    if to.noise is not None:
-        noise = U.noise.pull_back(g[..., None, None] * f.gradient_in_noise(shared), to.noise)
-    return G, K, noise
+def gather(Y: Tensor, places: Tensor, real: Tensor) -> Tensor:
+    """The entries of Y (*batch, T, D, k) at places among the T·D, (*batch, n): (*batch, n, k), zero
+    where ``real`` is."""
+    flat = Y.flatten(-3, -2)
+    batch = torch.broadcast_shapes(flat.shape[:-2], places.shape[:-1])
+    flat = flat.expand(*batch, *flat.shape[-2:])
+    places = places.expand(*batch, places.shape[-1])[..., None]
+    return flat.take_along_dim(places, -2) * real[..., None]
 
 
-def gradients_of(f: Any, U: Any) -> tuple[RowMatrix, Tensor, Tensor]:
-    """∂ log det U in M, in K, and in every Σ_t."""
-    shared = f.shared()
-    return f.gradient_in_M(U, shared), f.gradient_in_K(U, shared), f.gradient_in_noise(shared)
+def scatter(x: Tensor, places: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+    """The adjoint of :func:`gather`: (*batch, T, D, k), zero at all other places."""
+    out = x.new_zeros((*x.shape[:-2], shape.numel(), x.shape[-1]))
+    places = places[..., None].expand(x.shape)
+    return unflatten(out.scatter(-2, places, x * real[..., None]), -2, shape)
 
 
-def hvp_of(
+# --- members of every such route -----------------------------------------------------------------
+
+
+class _Members:
+    """What a route gets beside its own ``quad_logdet``, ``solve``, ``blocks``, ``inverse``, and
+    ``shared`` with the three gradients that are made of what it returns."""
+
+    complement = 0  # nothing that the derivatives need is left out
+
+    def solve_scaled(self, A: Tensor) -> Tensor:
+        """A itself is what ``quad_logdet`` leaves."""
+        return A.clone()
+
+    def sizes_of_sums(self) -> tuple[int, int, int]:
+        return 0, 0, 0
+
+    def quadratic_in_K(self, g: Tensor, A: Tensor, to: Shape | None) -> None:
+        """Nothing better than the product with M."""
+
+    def explained(self: Any, weights: Tensor, K: Tensor) -> Tensor:
+        """K (x_s ⊗ I)ᵀ Q (x_s ⊗ I) K."""
+        K = K[..., None, :, :]
+        out: Tensor = K @ self.blocks(weights) @ K
+        return out
+
+    def logdet_gradient(
+        self: Any, U: Any, g: Tensor, to: Any, saved: Sequence[Tensor] | None
+    ) -> tuple[RowMatrix | None, Tensor | None, Any]:
+        """See :func:`.columns.logdet_gradient`."""
+        G = K = noise = None
+        shared = self.shared()
+        if to.rows is not None:
+            G = self.gradient_in_M(U, shared).scaled(g)
+        if to.K is not None:
+            K = sum_to(g[..., None, None] * self.gradient_in_K(U, shared), to.K, 2)
+        if to.noise is not None:
+            noise = U.noise.pull_back(g[..., None, None] * self.gradient_in_noise(shared), to.noise)
+        return G, K, noise
+
+    def logdet_gradients(self: Any, U: Any) -> tuple[RowMatrix, Tensor, Tensor]:
+        """∂ log det U in M, in K, and in every Σ_t."""
+        x = self.shared()
+        return self.gradient_in_M(U, x), self.gradient_in_K(U, x), self.gradient_in_noise(x)
+
+    def logdet_hvp(
+        self, U: Any, dM: RowMatrix | None, dK: Tensor | None, dSigma: Tensor | None
+    ) -> tuple[RowMatrix, Tensor, Tensor]:
+        """The derivatives of the three along a symmetric direction."""
+        return _hvp(self, U, dM, dK, dSigma)
+
+
+def register_partial(record: type) -> type:
+    """Make ``record``, a NamedTuple, a route for a noise of each row, with the members that all of
+    them share where it has none of its own. (A NamedTuple cannot inherit.)"""
+    for name, member in vars(_Members).items():
+        if not name.startswith("__") and not hasattr(record, name):
+            setattr(record, name, member)
+    registered: type = Factor.register_beside(Noise=PARTIAL)(record)
+    return registered
+
+
+def _hvp(
     f: Any, U: Any, dM: RowMatrix | None, dK: Tensor | None, dSigma: Tensor | None
 ) -> tuple[RowMatrix, Tensor, Tensor]:
     """The derivatives of the three log-det gradients along a symmetric direction, from Q as a

@@ -8,19 +8,17 @@ positive definite. Plain numerics: nothing here is differentiated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..batch import Shape, symmetric
+from ..batch import symmetric
 from ..errors import COVARIANCE, not_positive_definite, require_finite
 from ..noise import rows_of
 from ..records import Matrix, Vector
 from ..rows import RowMatrix
-from .base import PARTIAL, Factor
-from .partial import gradient_of, gradients_of, hvp_of, no_sums
+from .partial import no_sums, register_partial
 
 __all__ = ["Rotated", "rotated"]
 
@@ -37,18 +35,13 @@ def rotated(s: Tensor, K: Tensor, Sigma: Tensor) -> Tensor:
     return L.flatten(-3, -2).contiguous()
 
 
-@Factor.register_beside(Noise=PARTIAL)
+@register_partial
 class Rotated(NamedTuple):
     """Every tensor has the batch shape of what it was computed from."""
 
     s: Vector  # (*batch, T)
     P: Matrix  # (*batch, T, T)
     L: Matrix  # the Cholesky factors of s_i K + Σ, one below the other: (*batch, T·D, D)
-
-    @property
-    def complement(self) -> int:
-        """Nothing that the derivatives need is left out."""
-        return 0
 
     # --- value and solve ---------------------------------------------------------------------
 
@@ -67,16 +60,6 @@ class Rotated(NamedTuple):
         solved = torch.cholesky_solve((self.P.mT @ Y)[..., None], rows_of(self.L))
         return self.P @ solved.squeeze(-1)
 
-    def solve_scaled(self, A: Tensor) -> Tensor:
-        """A itself is what :meth:`quad_logdet` leaves."""
-        return A.clone()
-
-    def sizes_of_sums(self) -> tuple[int, int, int]:
-        return 0, 0, 0
-
-    def quadratic_in_K(self, g: Tensor, A: Tensor, to: Shape | None) -> None:
-        """Nothing better than the product with M."""
-
     # --- functionals of U⁻¹ ------------------------------------------------------------------
 
     def shared(self) -> Tensor:
@@ -91,11 +74,6 @@ class Rotated(NamedTuple):
     @staticmethod
     def _sums(weights: Tensor, V: Tensor) -> Tensor:
         return torch.einsum("...st,...tde->...sde", weights.square(), V)
-
-    def explained(self, weights: Tensor, K: Tensor) -> Tensor:
-        """K (x_s ⊗ I)ᵀ U⁻¹ (x_s ⊗ I) K."""
-        K = K[..., None, :, :]
-        return K @ self.blocks(weights) @ K
 
     def explained_pairs(self, weights: Tensor, K: Tensor) -> Tensor:
         """The same for all pairs of weights: (*batch, S, D, S, D)."""
@@ -122,16 +100,3 @@ class Rotated(NamedTuple):
     def gradient_in_noise(self, V: Tensor) -> Tensor:
         """(U⁻¹)_tt, one below the other."""
         return self._sums(self.P, V).flatten(-3, -2)
-
-    def logdet_gradient(
-        self, U: Any, g: Tensor, to: Any, saved: Sequence[Tensor] | None
-    ) -> tuple[RowMatrix | None, Tensor | None, Any]:
-        return gradient_of(self, U, g, to)
-
-    def logdet_gradients(self, U: Any) -> tuple[RowMatrix, Tensor, Tensor]:
-        return gradients_of(self, U)
-
-    def logdet_hvp(
-        self, U: Any, dM: RowMatrix | None, dK: Tensor | None, dSigma: Tensor | None
-    ) -> tuple[RowMatrix, Tensor, Tensor]:
-        return hvp_of(self, U, dM, dK, dSigma)

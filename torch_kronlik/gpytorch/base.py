@@ -23,8 +23,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..batch import symmetric
+from ..covariance import KroneckerPlusNoise
 
 __all__ = [
+    "CovarianceLinearOperator",
     "Noise",
     "StructuredLinearOperator",
     "as_matrices",
@@ -215,3 +217,40 @@ class StructuredLinearOperator(LinearOperator):  # type: ignore[misc]
         if rows.equal(n) and cols.equal(n):
             return self
         return DenseLinearOperator(self._submatrix(rows, cols))
+
+
+class CovarianceLinearOperator(StructuredLinearOperator):
+    """An operator around a covariance M ⊗ K + noise of this library, with the batch ``_batch``."""
+
+    M: Tensor
+    K: Tensor
+    _batch: torch.Size
+
+    @property
+    @abstractmethod
+    def covariance(self) -> KroneckerPlusNoise:
+        """The covariance object, which keeps the factorisation."""
+
+    @property
+    def num_outputs(self) -> int:
+        """D."""
+        return int(self.K.shape[-1])
+
+    def _size(self) -> torch.Size:
+        n = self.M.shape[-1] * self.K.shape[-1]
+        return torch.Size((*self._batch, n, n))
+
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        return self._over_columns(self.covariance.matmul, rhs)
+
+    def _matrix_solve(self, Y: Tensor) -> Tensor:
+        return self.covariance.solve(Y)
+
+    def _matrix_inv_quad_logdet(self, Y: Tensor) -> tuple[Tensor, Tensor]:
+        if Y.shape[0] == 0:
+            return Y.sum((-2, -1)), self.covariance.logdet()
+        inv_quad, logdet = self.covariance.inv_quad_logdet(Y)
+        return inv_quad, logdet[0]
+
+    def _diagonal(self) -> Tensor:
+        return self.covariance.diagonal().flatten(-2)

@@ -20,8 +20,8 @@ from torch import Tensor
 from ..checks import check_broadcast, check_noise, check_square
 from ..covariance import KroneckerPlusNoise
 from .base import (
+    CovarianceLinearOperator,
     Noise,
-    StructuredLinearOperator,
     as_noise,
     map_noise,
     noise_as_given,
@@ -32,7 +32,7 @@ from .root import KroneckerPlusNoiseRoot
 __all__ = ["KroneckerPlusNoiseLinearOperator"]
 
 
-class KroneckerPlusNoiseLinearOperator(StructuredLinearOperator):
+class KroneckerPlusNoiseLinearOperator(CovarianceLinearOperator):
     """U = M ⊗ K + I_T ⊗ Σ for linear_operator and GPyTorch, exact at every size.
 
     Rows are stacked as in ``MultitaskMultivariateNormal(interleaved=True)``. Solves,
@@ -86,31 +86,7 @@ class KroneckerPlusNoiseLinearOperator(StructuredLinearOperator):
             self.M, self.K, Sigma=noise.get("Sigma"), log_noise=noise.get("log_noise")
         )
 
-    @property
-    def num_outputs(self) -> int:
-        """D."""
-        return int(self.K.shape[-1])
-
-    def _size(self) -> torch.Size:
-        n = self.M.shape[-1] * self.K.shape[-1]
-        return torch.Size((*self._batch, n, n))
-
     # --- algebra ---------------------------------------------------------------------------------
-
-    def _matmul(self, rhs: Tensor) -> Tensor:
-        return self._over_columns(self.covariance.matmul, rhs)
-
-    def _matrix_solve(self, Y: Tensor) -> Tensor:
-        return self.covariance.solve(Y)
-
-    def _matrix_inv_quad_logdet(self, Y: Tensor) -> tuple[Tensor, Tensor]:
-        if Y.shape[0] == 0:
-            return Y.sum((-2, -1)), self.covariance.logdet()
-        inv_quad, logdet = self.covariance.inv_quad_logdet(Y)
-        return inv_quad, logdet[0]
-
-    def _diagonal(self) -> Tensor:
-        return self.covariance.diagonal().flatten(-2)
 
     @cached(name="to_dense")  # type: ignore[untyped-decorator]
     def to_dense(self) -> Tensor:

@@ -6,17 +6,16 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..checks import check_broadcast, check_square
 from ..covariance import KroneckerPlusNoise
-from .base import StructuredLinearOperator
+from .base import CovarianceLinearOperator
 
 __all__ = ["RowNoiseLinearOperator"]
 
 
-class RowNoiseLinearOperator(StructuredLinearOperator):
+class RowNoiseLinearOperator(CovarianceLinearOperator):
     """U = M ⊗ K plus a noise variance for each entry, for linear_operator and GPyTorch.
 
     Args:
@@ -47,30 +46,6 @@ class RowNoiseLinearOperator(StructuredLinearOperator):
         return KroneckerPlusNoise(
             self.M, self.K, row_log_noise=self.row_log_noise, observed=self.observed
         )
-
-    @property
-    def num_outputs(self) -> int:
-        """D."""
-        return int(self.K.shape[-1])
-
-    def _size(self) -> torch.Size:
-        n = self.M.shape[-1] * self.K.shape[-1]
-        return torch.Size((*self._batch, n, n))
-
-    def _matmul(self, rhs: Tensor) -> Tensor:
-        return self._over_columns(self.covariance.matmul, rhs)
-
-    def _matrix_solve(self, Y: Tensor) -> Tensor:
-        return self.covariance.solve(Y)
-
-    def _matrix_inv_quad_logdet(self, Y: Tensor) -> tuple[Tensor, Tensor]:
-        if Y.shape[0] == 0:
-            return Y.sum((-2, -1)), self.covariance.logdet()
-        inv_quad, logdet = self.covariance.inv_quad_logdet(Y)
-        return inv_quad, logdet[0]
-
-    def _diagonal(self) -> Tensor:
-        return self.covariance.diagonal().flatten(-2)
 
     def to_dense(self) -> Tensor:
         """U of all entries, as a matrix."""

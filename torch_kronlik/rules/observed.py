@@ -280,10 +280,10 @@ def _eye(U: Factored, n: int) -> Tensor:
 
 def inverse_blocks(U: Factored, X: Maybe = None) -> Tensor:
     """(x_s ⊗ I)ᵀ Q (x_s ⊗ I) for the rows x of X; the Q_tt without: (*batch, S, D, D)."""
-    T, D = U.shape
-    weights = _eye(U, T) if X is None else X
 
     def by_solves() -> Tensor:
+        T, D = U.shape
+        weights = _eye(U, T) if X is None else X
         return torch.einsum("...st,sd...te->...sde", weights, _solved(U, weights, _eye(U, D)))
 
     own = None if X is None else X.detach()
