@@ -1,20 +1,24 @@
 """The dense twin for observed entries and noise by row: U at the observed entries as a matrix.
 
-Tests import it as `from dense_observed import Observed, make_observed`. Single problems: a batch is
-compared element by element.
+Tests import it as `from dense_observed import Observed, make_observed`, with what they share. It is
+of single problems: a batch is compared element by element.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from problems import make_problem, normal
 from torch import Tensor
+from torch.autograd import grad
 from torch.distributions import MultivariateNormal
 
 import torch_kronlik as tk
+from torch_kronlik.factor.plan import OBSERVED_METHODS
 
 PATTERNS = [
     "all",
@@ -139,3 +143,47 @@ def make_observed(
     elif noise == "row_diagonal":
         given = {"row_log_noise": factor.log()[:, None] + p.noise["log_noise"][..., None, :]}
     return Observed(p.Y, p.M, p.K, given, pattern(mask, T, D))
+
+
+# ---------------------------------------------------------------- what the tests share
+
+ROUTES = list(OBSERVED_METHODS)
+each_route = pytest.mark.parametrize("method", ROUTES)
+each_noise = pytest.mark.parametrize("noise", ROW_NOISES)
+EPS = torch.finfo(torch.float64).eps
+
+
+def condition(p: Observed) -> float:
+    """Of U, or of U beside the noise, which the capacitance form divides by."""
+    values, noise = (torch.linalg.eigvalsh(x) for x in (p.double().U(), p.double().row_noise()))
+    return float(values[-1] / min(values[0], noise.min()))
+
+
+def close(actual: Tensor, expected: Tensor, bound: float = 1e-11) -> None:
+    assert actual.shape == expected.shape
+    scale = expected.abs().max().clamp_min(1e-300) if expected.numel() else 1.0
+    error = (actual.double() - expected.double()).abs().max() if expected.numel() else 0.0
+    assert error <= bound * scale, f"{float(error):.1e} of {float(scale):.1e}"
+
+
+def value_and_gradients(f: Callable[[Observed], Tensor], p: Observed) -> list[Tensor]:
+    leaves = {key: x.clone().requires_grad_() for key, x in p.leaves().items()}
+    value = f(p.at(leaves))
+    return [value.detach(), *grad(value, list(leaves.values()))]
+
+
+def skip_border(noise: str, method: str) -> None:
+    if method == "border" and noise.startswith("row"):
+        pytest.skip("needs one noise for all rows, up to a factor")
+
+
+def by_route(method: str) -> Callable[[Observed], Tensor]:
+    return lambda p: p.covariance(method=method).nll(p.Y)
+
+
+def new_rows(p: Observed, S: int) -> tuple[Observed, Tensor, Tensor]:
+    """A problem whose M, M_cross and M_test are parts of one covariance."""
+    T = len(p.M)
+    X = normal(T + S, T + 2, seed=8)
+    joint = X @ X.mT / T
+    return p._replace(M=joint[:T, :T]), joint[T:, :T], joint[T:, T:]

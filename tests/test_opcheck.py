@@ -37,7 +37,7 @@ ELSEWHERE = {
     "block_diag_expand",
     "block_diag_sum",
 }
-# Of missing entries and singular noise: in test_observed.py.
+# Of missing entries and singular noise: in test_observed_calls.py.
 ELSEWHERE |= {
     "column_form",
     "row_features",
