@@ -113,7 +113,7 @@ def test_two_backward_passes_through_one_covariance(method: str) -> None:
 
 
 def test_two_backward_passes_where_rows_are_scaled() -> None:
-    p = make_observed(100, 2, kind="rbf", noise="scaled")
+    p = make_observed(256, 2, kind="rbf", noise="scaled")
     v = p.noise["row_scale"].clone().requires_grad_()
     U = p._replace(noise={**p.noise, "row_scale": v}, observed=None).covariance()
     assert U.method_used == "low_rank"
