@@ -27,6 +27,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
+MISSING = ["T", "D", "kernel", "missing", "capacitance", "border", "dense"]
 ROUTES = ["T", "D", "spectral", "cholesky", "T/8 sought", "rank found"]
 
 
@@ -131,6 +132,8 @@ def times(report: Report, device: str, quick: bool) -> None:
     bench.budget = 0.1 if quick else 1
     report.add("\nValue and gradients by each route, float64, ms:")
     report.table(ROUTES, bench.routes())
+    report.add("\nMissing entries, value and gradients by each route, float64, ms:")
+    report.table(MISSING, bench.missing())
 
 
 def main() -> None:

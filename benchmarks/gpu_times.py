@@ -195,6 +195,28 @@ class Bench:
                 found = self.route(Case(T, D), "auto" if T > 64 else "low_rank")
                 yield [str(T), str(D), *(f"{x:.3g}" for x in (*times, sought, found))]
 
+    def missing(self) -> Iterator[list[str]]:
+        """T, D, kernel, share missing, then ms by each route; where U would not be too large."""
+        sizes = [(100, 0.3)] if self.quick else [(300, 0.3), (1000, 0.1), (1000, 0.3), (4000, 0.1)]
+        sizes += [] if self.quick else [(1000, 0.6), (2000, 0.3), (2000, 0.6)]
+        for kernel in ("rbf", "matern12"):
+            for T, share in sizes:
+                case = Case(T, 4, kernel)
+                Y, M, K, noise = moved(case, self.device)
+                observed = torch.rand(T, 4, device=self.device) > share
+                names = ["capacitance"] if kernel == "rbf" else []
+                names += ["border"] + (["dense"] if T <= 2000 else [])
+                times = {name: self.masked(name, observed, Y, M, K, noise) for name in names}
+                cells = [times.get(name, "") for name in ("capacitance", "border", "dense")]
+                yield [str(T), "4", kernel, f"{share:.0%}", *cells]
+
+    def masked(self, method: str, observed: Tensor, *inputs: Any) -> str:
+        f = partial(tk.kron_gaussian_nll, method=method, observed=observed)
+        try:
+            return f"{self.median(partial(gradients, f, *inputs)):.3g}"
+        except RuntimeError as error:  # out of memory
+            return type(error).__name__
+
     def route(self, case: Case, method: str) -> float:
         inputs: Any = moved(case, self.device)
         return self.median(
