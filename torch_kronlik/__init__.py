@@ -20,7 +20,7 @@ from torch_kronlik.linalg import (
 from torch_kronlik.loss import KroneckerGaussianNLLLoss
 from torch_kronlik.predict import KroneckerPosterior
 from torch_kronlik.prediction import condition
-from torch_kronlik.rows import LowRankRoot, SymmetricEigen, symmetric_eigen
+from torch_kronlik.rows import KernelMatrix, LowRankRoot, SymmetricEigen, symmetric_eigen
 from torch_kronlik.validation import (
     leave_one_out,
     leave_one_out_log_prob,
@@ -31,6 +31,7 @@ from torch_kronlik.validation import (
 __all__ = [
     "Estimates",
     "Information",
+    "KernelMatrix",
     "KroneckerGaussianNLLLoss",
     "KroneckerNormal",
     "KroneckerPlusNoise",

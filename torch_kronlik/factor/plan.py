@@ -7,11 +7,11 @@ the numerical rank of M, the rank of K and the type of device. The constants wer
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from ..machine import memory
 
 __all__ = [
     "METHODS",
@@ -22,7 +22,6 @@ __all__ = [
     "check_observed_method",
     "costs",
     "max_features",
-    "memory",
     "prefers_border",
     "require_memory",
 ]
@@ -52,16 +51,6 @@ def check_observed_method(method: str) -> None:
 def max_features(T: int, D: int, q: int) -> int:
     """The rank of M up to which the capacitance matrix, r q square, is small beside U."""
     return min(T, T * D // (3 * max(q, 1)))
-
-
-def memory(device: torch.device) -> int | None:
-    """Bytes of the machine, or of the GPU; None where that is not known."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def require_memory(n: int, T: int, D: int, like: Tensor) -> None:

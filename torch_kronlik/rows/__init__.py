@@ -9,11 +9,15 @@ from torch import Tensor
 from .base import Rows
 from .dense import Dense
 from .eigen import SymmetricEigen, symmetric_eigen
+from .kernel_columns import KernelColumns
+from .kernel_matrix import KernelMatrix
 from .low_rank_root import LowRankRoot
 from .row_matrix import RowMatrix
 
 __all__ = [
     "Dense",
+    "KernelColumns",
+    "KernelMatrix",
     "LowRankRoot",
     "RowCovariance",
     "RowMatrix",
@@ -23,7 +27,7 @@ __all__ = [
     "symmetric_eigen",
 ]
 
-RowCovariance = Tensor | SymmetricEigen | LowRankRoot
+RowCovariance = Tensor | SymmetricEigen | LowRankRoot | KernelMatrix
 """What a caller may pass as M."""
 
 
@@ -31,7 +35,10 @@ def as_rows(M: Any) -> Any:
     """The row covariance that a caller's M is: a tensor is a dense matrix."""
     if isinstance(M, Tensor):
         return Dense(M)
+    if isinstance(M, KernelMatrix):
+        return M.rows()
     if type(M) in Rows.records:
         return M
-    kinds = ", ".join(kind.__name__ for kind in Rows.records if kind is not Dense)
+    hidden = (Dense, KernelColumns)
+    kinds = ", ".join(k.__name__ for k in (*Rows.records, KernelMatrix) if k not in hidden)
     raise TypeError(f"M must be a tensor or a row covariance ({kinds}), got {type(M).__name__}")

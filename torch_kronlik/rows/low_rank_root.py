@@ -15,7 +15,7 @@ from .base import Rows
 from .eigen import precise_eigh
 from .row_matrix import RowMatrix
 
-__all__ = ["LowRankRoot"]
+__all__ = ["LowRankRoot", "basis_of_root"]
 
 
 @Rows.register
@@ -88,7 +88,7 @@ class LowRankRoot(NamedTuple):
         return LowRankRoot(c[..., None] * self.F)
 
     def basis(self) -> tuple[Tensor, Tensor]:
-        s, P = _basis_of_root(self.F)
+        s, P = basis_of_root(self.F)
         return s, P
 
     def matmul_tangent(self, X: Tensor, along: LowRankRoot) -> Tensor | None:
@@ -130,5 +130,5 @@ def _fake(F: Tensor) -> tuple[Tensor, Tensor]:
     return F.new_empty((*F.shape[:-2], n)), F.new_empty((*F.shape[:-2], T, n))
 
 
-_basis_of_root = define_flat("basis_of_root(Tensor F) -> (Tensor s, Tensor P)", _basis, _fake)
-register(_basis_of_root, core_dims=lambda F: ([2], [1, 2]))
+basis_of_root = define_flat("basis_of_root(Tensor F) -> (Tensor s, Tensor P)", _basis, _fake)
+register(basis_of_root, core_dims=lambda F: ([2], [1, 2]))

@@ -1,0 +1,19 @@
+"""What the machine has."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+__all__ = ["memory"]
+
+
+def memory(device: torch.device) -> int | None:
+    """Bytes of the machine, or of the GPU; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

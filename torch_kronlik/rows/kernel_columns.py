@@ -1,0 +1,239 @@
+"""M by some of its columns, that is of a kernel's at the pivots of a Cholesky factorisation.
+
+    C = k(x, x_p)  (T×r),   W = k(x_p, x_p) = L Lᵀ,   F = C L⁻ᵀ,   X = C W⁻¹,   M = F Fᵀ = X Cᵀ
+
+X are interpolation weights. With X and L held where they are, and E = C − X W, which is zero,
+
+    M = C Xᵀ + X Cᵀ − X W Xᵀ + E W⁻¹ Eᵀ
+
+is right in value, first and second derivatives in C and W. No derivative passes through the
+inverse of W, whose condition number is that of rounding: an error of X enters multiplied by an
+interpolation residual. E is taken for zero: its rounding, times the second derivative of E, would
+be divided by the smallest pivot. Source: docs/maths.md, "M from a kernel".
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..batch import Shape, sum_to, symmetric
+from ..derivatives import define_flat, may_be_differentiated, register
+from ..records import Matrix
+from .base import Rows
+from .low_rank_root import basis_of_root
+from .row_matrix import RowMatrix
+
+__all__ = ["KernelColumns"]
+
+
+@Rows.register
+class KernelColumns(NamedTuple):
+    """What :class:`.kernel_matrix.KernelMatrix` is to the rest of the library."""
+
+    columns: Matrix  # C, (*batch, T, r)
+    corner: Matrix  # W, (*batch, r, r)
+    root: Matrix  # L, (*batch, r, r), lower triangular, a constant
+
+    @property
+    def is_constant(self) -> bool:
+        return False
+
+    @property
+    def is_curved(self) -> bool:
+        return True
+
+    @property
+    def method(self) -> str:
+        return "low_rank"
+
+    @property
+    def size(self) -> int:
+        return self.columns.shape[-2]
+
+    @property
+    def batch(self) -> torch.Size:
+        return self.columns.shape[:-2]
+
+    def check(self) -> None:
+        """The tensors were made by the library itself."""
+
+    def named(self) -> dict[str, Tensor]:
+        return {"M.columns": self.columns, "M.corner": self.corner}
+
+    def features(self) -> Tensor:
+        """F, (*batch, T, r), a constant."""
+        return _times_inverse(self.columns.detach(), self.root.mT, upper=True)
+
+    def _weights(self) -> Tensor:
+        """X, (*batch, T, r), a constant."""
+        return self._over_root(self.features())
+
+    def _over_root(self, Z: Tensor) -> Tensor:
+        """Z L⁻¹."""
+        return _times_inverse(Z, self.root, upper=False)
+
+    def _over_corner(self, Z: Tensor) -> Tensor:
+        """Z W⁻¹."""
+        return self._over_root(_times_inverse(Z, self.root.mT, upper=True))
+
+    def _residual(self) -> Tensor:
+        """E, zero but for its derivatives."""
+        out: Tensor = _kernel_residual(self.columns, self.corner, self._weights())
+        return out
+
+    def matmul(self, X: Tensor) -> Tensor:
+        F = self.features()
+        return F @ (F.mT @ X)
+
+    def transposed_matmul(self, X: Tensor) -> Tensor:
+        return self.symmetric_matmul(X)
+
+    def symmetric_matmul(self, X: Tensor) -> Tensor:
+        """M X, with the derivatives in C and W where something may ask for them."""
+        if not may_be_differentiated(self.columns, self.corner):
+            return self.matmul(X)
+        C, weights, E = self.columns, self._weights(), self._residual()
+        inner = C.mT @ X - symmetric(self.corner) @ (weights.mT @ X)
+        return C @ (weights.mT @ X) + weights @ inner + E @ (self._over_corner(E).mT @ X)
+
+    def diagonal(self) -> Tensor:
+        if not may_be_differentiated(self.columns, self.corner):
+            return self.features().square().sum(-1)
+        C, X, E = self.columns, self._weights(), self._residual()
+        twice = 2 * C - X @ symmetric(self.corner)
+        return (twice * X).sum(-1) + (E * self._over_corner(E)).sum(-1)
+
+    def dense(self) -> Tensor:
+        if not may_be_differentiated(self.columns, self.corner):
+            F = self.features()
+            return F @ F.mT
+        C, X, E = self.columns, self._weights(), self._residual()
+        left = 2 * C - X @ symmetric(self.corner)
+        return symmetric(left @ X.mT) + E @ self._over_corner(E).mT
+
+    def scaled(self, c: Tensor) -> KernelColumns:
+        return self._replace(columns=c[..., None] * self.columns)
+
+    def basis(self) -> tuple[Tensor, Tensor]:
+        s, P = basis_of_root(self.features())
+        return s, P
+
+    # --- derivatives -----------------------------------------------------------------------------
+
+    def matmul_tangent(self, X: Tensor, along: KernelColumns) -> Tensor | None:
+        moved = self.tangent(along)
+        return None if moved is None else moved.apply(X)
+
+    def matmul_pull_back(self, Z: Tensor, X: Tensor, to: Shape) -> KernelColumns:
+        return self.pull_back(RowMatrix(self.size, pairs=((Z, X),), is_symmetric=False), to)
+
+    def _moved_residual(self, along: KernelColumns, X: Tensor) -> Tensor:
+        """dE = dC − X dW."""
+        dC, dW = along.columns, along.corner
+        if dW is None:
+            return dC
+        moved = X @ symmetric(dW)
+        return -moved if dC is None else dC - moved
+
+    def tangent(self, along: KernelColumns) -> RowMatrix | None:
+        dC, dW = along.columns, along.corner
+        if dC is None and dW is None:
+            return None
+        X = self._weights()
+        left = self._moved_residual(along, X)
+        first = left if dC is None else left + dC  # 2 dC − X dW, or −X dW
+        half = 0.5 * first
+        pairs = ((half, X), (X, half))
+        if may_be_differentiated(self.columns, self.corner):
+            E, curved = self._residual(), self._over_corner(left)
+            pairs = (*pairs, (curved, E), (E, curved))
+        return RowMatrix(self.size, pairs=pairs)
+
+    def pull_back(self, G: RowMatrix, to: Shape) -> KernelColumns:
+        X = self._weights()
+        GX = G.apply(X)
+        corner = -(X.mT @ GX)
+        if may_be_differentiated(self.columns, self.corner):
+            GE = G.apply(self._over_corner(self._residual()))
+            GX, corner = GX + GE, corner - 2 * symmetric(X.mT @ GE)
+        return self._gradient(2 * GX, corner, to)
+
+    def curvature(self, G: RowMatrix, along: KernelColumns, to: Shape) -> KernelColumns:
+        X = self._weights()
+        GB = G.apply(self._over_corner(self._moved_residual(along, X)))
+        GB = _second_order(GB, self.columns, self.corner)
+        return self._gradient(2 * GB, -2 * symmetric(X.mT @ GB), to)
+
+    def _gradient(self, columns: Tensor, corner: Tensor, to: Shape) -> KernelColumns:
+        r = self.root.shape[-1]
+        zeros = corner.new_zeros(()).expand(*to, r, r)
+        return KernelColumns(sum_to(columns, to, 2), sum_to(corner, to, 2), zeros)
+
+
+def _times_inverse(Z: Tensor, triangular: Tensor, *, upper: bool) -> Tensor:
+    """Z times the inverse of a triangular matrix, each with a batch of its own."""
+    out: Tensor = torch.linalg.solve_triangular(triangular.detach(), Z, upper=upper, left=False)
+    return out
+
+
+# --- second order, and no more ---------------------------------------------------------------
+
+
+def _refuse(*_: Any) -> Any:
+    raise NotImplementedError(
+        "third derivatives with respect to a KernelMatrix are not implemented; first and second "
+        "derivatives are"
+    )
+
+
+def _residual_vjp(inputs: Any, outputs: Any, grads: Any, needs: Any) -> Any:
+    C, W, X = inputs
+    g = _second_order(grads[0], C, W)
+    batches = C.shape[:-2], W.shape[:-2]
+    gC = sum_to(g, batches[0], 2) if needs[0] else None
+    gW = sum_to(-symmetric(X.mT @ g), batches[1], 2) if needs[1] else None
+    return gC, gW, None
+
+
+def _residual_jvp(inputs: Any, outputs: Any, tangents: Any) -> Any:
+    (C, W, X), (dC, dW, *_) = inputs, tangents
+    if dC is None and dW is None:
+        return [None]
+    moved = 0 if dC is None else dC
+    moved = moved if dW is None else moved - X @ symmetric(dW)
+    return [_second_order(moved.expand_as(outputs[0]), C, W)]
+
+
+def _residual_fake(C: Tensor, W: Tensor, X: Tensor) -> Tensor:
+    batch = torch.broadcast_shapes(C.shape[:-2], W.shape[:-2], X.shape[:-2])
+    return C.new_empty((*batch, *C.shape[-2:]))
+
+
+_kernel_residual = define_flat(
+    "kernel_residual(Tensor C, Tensor W, Tensor X) -> Tensor",
+    lambda C, W, X: torch.zeros_like(_residual_fake(C, W, X)),
+    _residual_fake,
+)
+register(
+    _kernel_residual, vjp=_residual_vjp, jvp=_residual_jvp, core_dims=lambda *_: ([2, 2, 2], [2])
+)
+
+# The identity in G, which a third derivative would have to pass.
+_second_order = define_flat(
+    "second_order(Tensor G, Tensor C, Tensor W) -> Tensor",
+    lambda G, C, W: G.clone(),
+    lambda G, C, W: torch.empty_like(G),
+)
+register(
+    _second_order,
+    vjp=lambda inputs, outputs, grads, needs: (
+        _refuse() if needs[1] or needs[2] else (grads[0], None, None)
+    ),
+    jvp=lambda inputs, outputs, tangents: [
+        _refuse() if any(t is not None for t in tangents[1:]) else tangents[0]
+    ],
+    core_dims=lambda *_: ([2, 2, 2], [2]),
+)
