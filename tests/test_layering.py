@@ -17,6 +17,7 @@ LEVEL = {
     "batch": 0.5,  # shapes
     "errors": 0.7,  # messages
     "checks": 0.8,  # arguments looked at
+    "machine": 0.8,
     "levels": 0.8,  # every private name of torch
     "records": 0.8,  # arguments and results of operators
     "derivatives": 1.0,  # how a native op gets its derivative rules

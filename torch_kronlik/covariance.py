@@ -21,7 +21,7 @@ from .checks import (
 )
 from .noise import make_noise, make_row_noise
 from .predict import KroneckerPosterior, impute, leave_out
-from .rows import RowCovariance, as_rows
+from .rows import KernelMatrix, RowCovariance, as_rows
 from .waist import MatrixRoot, Waist, check_method, check_observed_method
 
 __all__ = ["KroneckerPlusNoise"]
@@ -34,7 +34,8 @@ class KroneckerPlusNoise(Waist):
     included, uses that factorisation. U itself is never formed, except by :meth:`to_dense`.
 
     Args:
-        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen` or :class:`LowRankRoot`.
+        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen`, :class:`LowRankRoot` or
+            :class:`KernelMatrix`.
         K: (*batch, D, D) symmetric positive semidefinite.
         Sigma: (*batch, D, D) noise covariance, symmetric positive semidefinite: zero variances are
             accepted where U is positive definite; or
@@ -213,9 +214,24 @@ class KroneckerPlusNoise(Waist):
         nats: (*batch). See :func:`kron_gaussian_nll`."""
         return self.gaussian_nll(Y)
 
-    def condition(self, Y: Tensor, M_cross: Tensor, M_test: Tensor) -> KroneckerPosterior:
-        """The posterior at new rows, given data Y: see :func:`condition`."""
-        return KroneckerPosterior(self, Y, M_cross, M_test)
+    def condition(
+        self, Y: Tensor, M_cross: Tensor, M_test: Tensor | None = None
+    ) -> KroneckerPosterior:
+        """The posterior at new rows, given data Y: see :func:`condition`.
+
+        Where M is a :class:`KernelMatrix`, ``condition(Y, x_new)`` with the new points, (*batch,
+        S, d) or (S,), makes the two covariances. For many points of which the variances alone are
+        wanted, ``condition(Y, M.cross(x_new), M.variance(x_new))`` spares the S×S matrix.
+        """
+        if M_test is not None:
+            return KroneckerPosterior(self, Y, M_cross, M_test)
+        if not isinstance(self.M, KernelMatrix):
+            raise TypeError(
+                "condition needs M_cross and M_test; new points alone are enough where M is a "
+                f"KernelMatrix, got {type(self.M).__name__}"
+            )
+        x_new = M_cross
+        return KroneckerPosterior(self, Y, self.M.cross(x_new), self.M.covariance(x_new))
 
     def impute(self, Y: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, variance) of every entry that is not observed, noise included, given those that

@@ -16,7 +16,7 @@ from .checks import check_broadcast, check_data, check_uniform
 from .covariance import KroneckerPlusNoise
 from .errors import raise_if_not_finite
 from .records import expand_record
-from .rows import RowCovariance
+from .rows import KernelMatrix, RowCovariance, as_rows
 
 __all__ = ["KroneckerNormal"]
 
@@ -112,12 +112,14 @@ class KroneckerNormal(Distribution):
 
     @property
     def M(self) -> RowCovariance:
-        """(*batch, T, T), or the row covariance that was given."""
+        """(*batch, T, T), or the row covariance that was given; a KernelMatrix at its own batch."""
         M = self._covariance.M
-        if isinstance(M, tuple):
-            wide: RowCovariance = expand_record(M, self.batch_shape)
-            return wide
-        return self._expanded(M, 2)
+        if isinstance(M, Tensor):
+            return self._expanded(M, 2)
+        if isinstance(M, KernelMatrix):
+            return M
+        wide: RowCovariance = expand_record(M, self.batch_shape)
+        return wide
 
     @property
     def K(self) -> Tensor:
@@ -234,4 +236,5 @@ def _pair(shape: torch.Size) -> tuple[int, int]:
 
 
 def _size_of(X: RowCovariance) -> torch.Size:
-    return X.size() if isinstance(X, Tensor) else torch.Size((*X.batch, X.size, X.size))
+    rows = as_rows(X)
+    return torch.Size((*rows.batch, rows.size, rows.size))

@@ -79,9 +79,9 @@ class KernelColumns(NamedTuple):
         """Z W⁻¹."""
         return self._over_root(_times_inverse(Z, self.root.mT, upper=True))
 
-    def _residual(self) -> Tensor:
-        """E, zero but for its derivatives."""
-        out: Tensor = _kernel_residual(self.columns, self.corner, self._weights())
+    def _residual(self, orders: int) -> Tensor:
+        """E, zero but for its derivatives, of which so many are meaningful."""
+        out: Tensor = _kernel_residual(self.columns, self.corner, self._weights(), orders)
         return out
 
     def matmul(self, X: Tensor) -> Tensor:
@@ -95,14 +95,14 @@ class KernelColumns(NamedTuple):
         """M X, with the derivatives in C and W where something may ask for them."""
         if not may_be_differentiated(self.columns, self.corner):
             return self.matmul(X)
-        C, weights, E = self.columns, self._weights(), self._residual()
+        C, weights, E = self.columns, self._weights(), self._residual(2)
         inner = C.mT @ X - symmetric(self.corner) @ (weights.mT @ X)
         return C @ (weights.mT @ X) + weights @ inner + E @ (self._over_corner(E).mT @ X)
 
     def diagonal(self) -> Tensor:
         if not may_be_differentiated(self.columns, self.corner):
             return self.features().square().sum(-1)
-        C, X, E = self.columns, self._weights(), self._residual()
+        C, X, E = self.columns, self._weights(), self._residual(2)
         twice = 2 * C - X @ symmetric(self.corner)
         return (twice * X).sum(-1) + (E * self._over_corner(E)).sum(-1)
 
@@ -110,7 +110,7 @@ class KernelColumns(NamedTuple):
         if not may_be_differentiated(self.columns, self.corner):
             F = self.features()
             return F @ F.mT
-        C, X, E = self.columns, self._weights(), self._residual()
+        C, X, E = self.columns, self._weights(), self._residual(2)
         left = 2 * C - X @ symmetric(self.corner)
         return symmetric(left @ X.mT) + E @ self._over_corner(E).mT
 
@@ -135,8 +135,7 @@ class KernelColumns(NamedTuple):
         dC, dW = along.columns, along.corner
         if dW is None:
             return dC
-        moved = X @ symmetric(dW)
-        return -moved if dC is None else dC - moved
+        return _less(dC, X @ symmetric(dW))
 
     def tangent(self, along: KernelColumns) -> RowMatrix | None:
         dC, dW = along.columns, along.corner
@@ -146,9 +145,9 @@ class KernelColumns(NamedTuple):
         left = self._moved_residual(along, X)
         first = left if dC is None else left + dC  # 2 dC − X dW, or −X dW
         half = 0.5 * first
-        pairs = ((half, X), (X, half))
+        pairs: tuple[tuple[Tensor, Tensor], ...] = ((half, X), (X, half))
         if may_be_differentiated(self.columns, self.corner):
-            E, curved = self._residual(), self._over_corner(left)
+            E, curved = self._residual(1), self._over_corner(left)
             pairs = (*pairs, (curved, E), (E, curved))
         return RowMatrix(self.size, pairs=pairs)
 
@@ -157,14 +156,14 @@ class KernelColumns(NamedTuple):
         GX = G.apply(X)
         corner = -(X.mT @ GX)
         if may_be_differentiated(self.columns, self.corner):
-            GE = G.apply(self._over_corner(self._residual()))
+            GE = G.apply(self._over_corner(self._residual(1)))
             GX, corner = GX + GE, corner - 2 * symmetric(X.mT @ GE)
         return self._gradient(2 * GX, corner, to)
 
     def curvature(self, G: RowMatrix, along: KernelColumns, to: Shape) -> KernelColumns:
         X = self._weights()
         GB = G.apply(self._over_corner(self._moved_residual(along, X)))
-        GB = _second_order(GB, self.columns, self.corner)
+        GB = _limited(GB, self.columns, self.corner, 0)
         return self._gradient(2 * GB, -2 * symmetric(X.mT @ GB), to)
 
     def _gradient(self, columns: Tensor, corner: Tensor, to: Shape) -> KernelColumns:
@@ -182,58 +181,69 @@ def _times_inverse(Z: Tensor, triangular: Tensor, *, upper: bool) -> Tensor:
 # --- second order, and no more ---------------------------------------------------------------
 
 
-def _refuse(*_: Any) -> Any:
-    raise NotImplementedError(
-        "third derivatives with respect to a KernelMatrix are not implemented; first and second "
-        "derivatives are"
-    )
-
-
 def _residual_vjp(inputs: Any, outputs: Any, grads: Any, needs: Any) -> Any:
-    C, W, X = inputs
-    g = _second_order(grads[0], C, W)
-    batches = C.shape[:-2], W.shape[:-2]
-    gC = sum_to(g, batches[0], 2) if needs[0] else None
-    gW = sum_to(-symmetric(X.mT @ g), batches[1], 2) if needs[1] else None
-    return gC, gW, None
+    C, W, X, orders = inputs
+    g = _limited(grads[0], C, W, orders - 1)
+    gC = sum_to(g, C.shape[:-2], 2) if needs[0] else None
+    gW = sum_to(-symmetric(X.mT @ g), W.shape[:-2], 2) if needs[1] else None
+    return gC, gW, None, None
 
 
 def _residual_jvp(inputs: Any, outputs: Any, tangents: Any) -> Any:
-    (C, W, X), (dC, dW, *_) = inputs, tangents
+    (C, W, X, orders), (dC, dW, *_) = inputs, tangents
     if dC is None and dW is None:
         return [None]
-    moved = 0 if dC is None else dC
-    moved = moved if dW is None else moved - X @ symmetric(dW)
-    return [_second_order(moved.expand_as(outputs[0]), C, W)]
+    moved = dC if dW is None else _less(dC, X @ symmetric(dW))
+    return [_limited(moved.expand_as(outputs[0]), C, W, orders - 1)]
 
 
-def _residual_fake(C: Tensor, W: Tensor, X: Tensor) -> Tensor:
+def _less(a: Tensor | None, b: Tensor) -> Tensor:
+    return -b if a is None else a - b
+
+
+def _residual(C: Tensor, W: Tensor, X: Tensor, orders: int) -> Tensor:
     batch = torch.broadcast_shapes(C.shape[:-2], W.shape[:-2], X.shape[:-2])
-    return C.new_empty((*batch, *C.shape[-2:]))
+    return C.new_zeros((*batch, *C.shape[-2:]))
 
 
 _kernel_residual = define_flat(
-    "kernel_residual(Tensor C, Tensor W, Tensor X) -> Tensor",
-    lambda C, W, X: torch.zeros_like(_residual_fake(C, W, X)),
-    _residual_fake,
+    "kernel_residual(Tensor C, Tensor W, Tensor X, int orders) -> Tensor", _residual, _residual
 )
 register(
-    _kernel_residual, vjp=_residual_vjp, jvp=_residual_jvp, core_dims=lambda *_: ([2, 2, 2], [2])
+    _kernel_residual,
+    vjp=_residual_vjp,
+    jvp=_residual_jvp,
+    core_dims=lambda *_: ([2, 2, 2, None], [2]),
 )
 
-# The identity in G, which a third derivative would have to pass.
-_second_order = define_flat(
-    "second_order(Tensor G, Tensor C, Tensor W) -> Tensor",
-    lambda G, C, W: G.clone(),
-    lambda G, C, W: torch.empty_like(G),
+
+def _limited_vjp(inputs: Any, outputs: Any, grads: Any, needs: Any) -> Any:
+    _, C, W, orders = inputs
+    return _limited(grads[0], C, W, _fewer(orders)), None, None, None
+
+
+def _limited_jvp(inputs: Any, outputs: Any, tangents: Any) -> Any:
+    _, C, W, orders = inputs
+    dG = tangents[0]
+    if dG is None and all(t is None for t in tangents):
+        return [None]
+    left = _fewer(orders)
+    return [None if dG is None else _limited(dG, C, W, left)]
+
+
+def _fewer(orders: int) -> int:
+    if orders == 0:
+        raise NotImplementedError(
+            "third derivatives with respect to a KernelMatrix are not implemented; first and "
+            "second derivatives are"
+        )
+    return orders - 1
+
+
+# The identity in G, which so many derivatives may pass.
+_limited = define_flat(
+    "limited(Tensor G, Tensor C, Tensor W, int orders) -> Tensor",
+    lambda G, C, W, orders: G.clone(),
+    lambda G, C, W, orders: torch.empty_like(G),
 )
-register(
-    _second_order,
-    vjp=lambda inputs, outputs, grads, needs: (
-        _refuse() if needs[1] or needs[2] else (grads[0], None, None)
-    ),
-    jvp=lambda inputs, outputs, tangents: [
-        _refuse() if any(t is not None for t in tangents[1:]) else tangents[0]
-    ],
-    core_dims=lambda *_: ([2, 2, 2], [2]),
-)
+register(_limited, vjp=_limited_vjp, jvp=_limited_jvp, core_dims=lambda *_: ([2, 2, 2, None], [2]))
