@@ -35,7 +35,8 @@ def kron_gaussian_nll(
     Args:
         Y: (*batch, T, D), residuals: the mean is subtracted.
         M: (*batch, T, T), covariance over rows, symmetric positive semidefinite; or a
-            :class:`SymmetricEigen`, a constant diagonalised once, or a :class:`LowRankRoot`.
+            :class:`SymmetricEigen`, a constant diagonalised once, a
+            :class:`LowRankRoot` or a :class:`KernelMatrix`.
         K: (*batch, D, D), covariance over outputs, symmetric positive semidefinite.
         Sigma: (*batch, D, D), noise covariance, symmetric positive semidefinite; or
         log_noise: (*batch, D), logarithms s of the noise variances, Σ = Diag(exp(s)).

@@ -34,7 +34,8 @@ def kron_matmul(
     ``M Y K + Y Σ``
 
     Args:
-        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen` or :class:`LowRankRoot`.
+        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen`,
+            :class:`LowRankRoot` or :class:`KernelMatrix`.
         K: (*batch, D, D) symmetric positive semidefinite.
         Y: (*batch, T, D).
         Sigma: (*batch, D, D) symmetric positive semidefinite noise covariance; or
@@ -71,7 +72,8 @@ def kron_solve(
     ``A = P [W ⊙ (Pᵀ Y R)] Rᵀ``, so that M A K + A Σ = Y
 
     Args:
-        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen` or :class:`LowRankRoot`.
+        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen`,
+            :class:`LowRankRoot` or :class:`KernelMatrix`.
         K: (*batch, D, D) symmetric positive semidefinite.
         Y: (*batch, T, D).
         Sigma: (*batch, D, D) symmetric positive semidefinite noise covariance; or
@@ -109,7 +111,8 @@ def kron_logdet(
     ``T log det Σ + Σ_ij log(1 + s_i λ_j)``
 
     Args:
-        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen` or :class:`LowRankRoot`.
+        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen`,
+            :class:`LowRankRoot` or :class:`KernelMatrix`.
         K: (*batch, D, D) symmetric positive semidefinite.
         Sigma: (*batch, D, D) symmetric positive semidefinite noise covariance; or
         log_noise: (*batch, D), logarithms of the noise variances.
@@ -146,7 +149,8 @@ def kron_inv_quad_logdet(
     ``⟨Y, U⁻¹·Y⟩`` and ``log det U``, for the stacked rows vec(Y) = Y.reshape(T·D)
 
     Args:
-        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen` or :class:`LowRankRoot`.
+        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen`,
+            :class:`LowRankRoot` or :class:`KernelMatrix`.
         K: (*batch, D, D) symmetric positive semidefinite.
         Y: (*batch, T, D).
         Sigma: (*batch, D, D) symmetric positive semidefinite noise covariance; or
@@ -185,7 +189,8 @@ def inverse_block_diag_sum(
     ``B = Σ_k bldiag(U⁻¹, k) = R Diag(Wᵀ 1) Rᵀ``, the gradient of log det U in Σ
 
     Args:
-        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen` or :class:`LowRankRoot`.
+        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen`,
+            :class:`LowRankRoot` or :class:`KernelMatrix`.
         K: (*batch, D, D) symmetric positive semidefinite.
         Sigma: (*batch, D, D) symmetric positive semidefinite noise covariance; or
         log_noise: (*batch, D), logarithms of the noise variances.
@@ -224,7 +229,8 @@ def inverse_diagonal(
     ``diag(U⁻¹) = (P ⊙ P) W (R ⊙ R)ᵀ``, as a T×D matrix
 
     Args:
-        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen` or :class:`LowRankRoot`.
+        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen`,
+            :class:`LowRankRoot` or :class:`KernelMatrix`.
         K: (*batch, D, D) symmetric positive semidefinite.
         Sigma: (*batch, D, D) symmetric positive semidefinite noise covariance; or
         log_noise: (*batch, D), logarithms of the noise variances.

@@ -41,7 +41,8 @@ class KroneckerGaussianNLLLoss(nn.Module):
     Call with:
         Y: (*batch, T, D), residuals: the mean is subtracted.
         M: (*batch, T, T), covariance over rows, symmetric positive semidefinite; or a
-            :class:`SymmetricEigen`, a constant diagonalised once, or a :class:`LowRankRoot`.
+            :class:`SymmetricEigen`, a constant diagonalised once, a
+            :class:`LowRankRoot` or a :class:`KernelMatrix`.
         K: (*batch, D, D), covariance over outputs, symmetric positive semidefinite.
         observed: (*batch, T, D) of bool, which entries of Y are observed, as in
             :func:`kron_gaussian_nll`.

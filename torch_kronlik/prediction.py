@@ -29,7 +29,8 @@ def condition(
     Args:
         Y: (*batch, T, D), the data, less their mean.
         M: (*batch, T, T) covariance over the rows of Y, symmetric positive semidefinite, or a
-            :class:`SymmetricEigen` or :class:`LowRankRoot`.
+            :class:`SymmetricEigen`,
+            :class:`LowRankRoot` or :class:`KernelMatrix`.
         K: (*batch, D, D) covariance over outputs, symmetric positive semidefinite.
         M_cross: M_*, (*batch, S, T), covariance of the new rows with those of Y.
         M_test: M_**, (*batch, S, S), covariance of the new rows, or its diagonal, (*batch, S): see

@@ -31,7 +31,8 @@ def leave_one_out(
 
     Args:
         Y: (*batch, T, D), the data, less their mean.
-        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen` or :class:`LowRankRoot`.
+        M: (*batch, T, T) positive semidefinite, :class:`SymmetricEigen`,
+            :class:`LowRankRoot` or :class:`KernelMatrix`.
         K: (*batch, D, D) symmetric positive semidefinite.
         Sigma: (*batch, D, D) symmetric positive semidefinite noise covariance; or
         log_noise: (*batch, D), logarithms of the noise variances.

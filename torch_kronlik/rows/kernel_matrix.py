@@ -184,13 +184,15 @@ class KernelMatrix:
         stop = 4.5 * torch.finfo(d.dtype).eps * scale
         F = d.new_zeros((*batch, min(limit, 32), T))
         places: list[Tensor] = []
+        seen: list[Tensor] = []  # the largest residual before each pivot
         while T:
             largest, p = d.max(-1, keepdim=True)
             is_left = largest > stop
+            seen.append(largest)
             if not bool(is_left.any()):
                 break
             k = len(places)
-            if k == limit or (k == limit // 4 and _looks_rough(largest, scale, k, limit)):
+            if k == limit or (k == limit // 4 and _looks_rough(seen, stop, limit)):
                 return None
             if k == F.shape[-2]:
                 F = torch.cat([F, F.new_zeros((*batch, min(k, limit - k), T))], -2)
@@ -253,14 +255,15 @@ def _at(x: Tensor, places: Tensor) -> Tensor:
     return x[places] if x.dim() == 1 else x.take_along_dim(places[..., None], -2)
 
 
-def _looks_rough(largest: Tensor, scale: Tensor, k: int, limit: int) -> bool:
-    """Whether, at the rate at which the residual has fallen over k pivots, more than ``limit`` are
-    needed: the residual of a smooth kernel falls faster and faster, that of a rough one slower."""
+def _looks_rough(largest: list[Tensor], stop: Tensor, limit: int) -> bool:
+    """Whether more than ``limit`` pivots are needed if the largest residual, seen at k pivots, goes
+    on falling as a power of k, as it does where the kernel is rough; else it falls faster."""
+    k = len(largest) - 1
     if k < 16:
         return False
-    fallen = float((scale / largest).clamp(min=1).amin().log())
-    needed = -math.log(4.5 * torch.finfo(scale.dtype).eps)
-    return fallen * limit < needed * k
+    before, now = largest[k // 2].clamp(min=stop), largest[k].clamp(min=stop)
+    power = (before / now).log() / math.log(k / (k // 2))
+    return bool(((now / stop).log() > power * math.log(limit / k)).any())
 
 
 def _require_variances(d: Tensor) -> None:
