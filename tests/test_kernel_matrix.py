@@ -9,6 +9,7 @@ from typing import Any
 import gpytorch
 import pytest
 import torch
+from devices import opcheck
 from problems import normal
 from torch import Tensor
 from torch.autograd import forward_ad, grad
@@ -202,6 +203,14 @@ def test_third_derivatives_are_refused(what: str) -> None:
     (second,) = grad(first.square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="third derivatives"):
         grad(second.sum(), x)
+
+
+def test_opcheck() -> None:
+    C, X = (normal(5, 3, seed=i).requires_grad_() for i in (1, 2))
+    W = normal(3, 3, seed=3).requires_grad_()
+    ops = torch.ops.torch_kronlik
+    opcheck(ops.kernel_residual.default, (C, W, X.detach(), 2))
+    opcheck(ops.limited.default, (X, C.detach(), W.detach(), 1))
 
 
 # ---------------------------------------------------------------- what it is for

@@ -237,5 +237,7 @@ def _pair(shape: torch.Size) -> tuple[int, int]:
 
 
 def _size_of(X: RowCovariance) -> torch.Size:
+    if isinstance(X, Tensor):
+        return X.size()
     rows = as_rows(X)
     return torch.Size((*rows.batch, rows.size, rows.size))
