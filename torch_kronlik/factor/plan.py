@@ -60,8 +60,8 @@ def require_memory(n: int, T: int, D: int, like: Tensor) -> None:
         sizes = f"{needed / 1e9:.1f} GB where there are {there / 1e9:.1f}"
         raise ValueError(
             f"M is of full rank, and {n} observed entries need matrices of size {T * D} "
-            f"(T = {T}, D = {D}), {sizes}: a smooth kernel, M of low rank (LowRankRoot), the same "
-            "noise in all rows or fewer rows would fit"
+            f"(T = {T}, D = {D}), {sizes}: a smooth kernel (KernelMatrix), M of low rank "
+            "(LowRankRoot), the same noise in all rows or fewer rows would fit"
         )
 
 

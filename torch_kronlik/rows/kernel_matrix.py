@@ -23,6 +23,7 @@ __all__ = ["KernelMatrix"]
 Kernel = Callable[[Any, Any], Any]
 
 _BLOCK = 256  # rows of a block of the diagonal
+_STRIDE = 32  # columns of the factor in one block
 _CHUNK = 1 << 22  # entries of C that one call of the kernel is to give
 
 
@@ -149,7 +150,8 @@ class KernelMatrix:
             out: Tensor = self.kernel(x, diag=True)  # type: ignore[call-arg]
             return out
         blocks = [_points(x, slice(i, i + _BLOCK)) for i in range(0, max(_count(x), 1), _BLOCK)]
-        parts = [self._covariance(b, b).diagonal(dim1=-2, dim2=-1) for b in blocks]
+        # copies, since a view would keep its block
+        parts = [self._covariance(b, b).diagonal(dim1=-2, dim2=-1).clone() for b in blocks]
         return torch.cat(parts, -1)
 
     # --- pivots ----------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ class KernelMatrix:
         x = self.x if self.x.dim() == 1 else self.x.expand(*batch, *self.x.shape[-2:])
         scale = d.amax(-1, keepdim=True) if T else d.new_zeros((*batch, 1))
         stop = 4.5 * torch.finfo(d.dtype).eps * scale
-        F = d.new_zeros((*batch, min(limit, 32), T))
+        F: list[Tensor] = []  # the columns of the factor as rows, in blocks that grow in number
         places: list[Tensor] = []
         seen: list[Tensor] = []  # the largest residual before each pivot
         lowest = torch.zeros_like(scale)  # of what is left of the variances
@@ -196,14 +198,14 @@ class KernelMatrix:
             if k == limit or (k == limit // 4 and _looks_rough(seen, stop, limit)):
                 _require_semidefinite(lowest, scale, k)
                 return None
-            if k == F.shape[-2]:
-                F = torch.cat([F, F.new_zeros((*batch, min(k, limit - k), T))], -2)
+            if k % _STRIDE == 0:
+                F.append(d.new_zeros((*batch, _STRIDE, T)))
             column = self._covariance(x, _at(x, p)).squeeze(-1)
-            known = F[..., :k, :]
-            at_pivot = known.take_along_dim(p[..., None, :], -1)  # (*batch, k, 1)
-            column = column - (at_pivot.mT @ known).squeeze(-2)
+            for block in F:
+                at_pivot = block.take_along_dim(p[..., None, :], -1)
+                column = column - (at_pivot.mT @ block).squeeze(-2)
             column = torch.where(is_left, column * largest.rsqrt(), 0)
-            F[..., k, :] = column
+            F[-1][..., k % _STRIDE, :] = column
             d = (d - column.square()).scatter_(-1, p, 0)
             lowest = torch.minimum(lowest, d.amin(-1, keepdim=True))
             d = d.clamp_(min=0)
@@ -212,7 +214,9 @@ class KernelMatrix:
         index = torch.cat(places, -1) if places else d.new_empty((*batch, 0), dtype=torch.int64)
         real = index >= 0
         index = index.clamp(min=0)
-        root = F[..., : len(places), :].take_along_dim(index[..., None, :], -1).mT.tril()
+        at_pivots = [block.take_along_dim(index[..., None, :], -1) for block in F]
+        root = torch.cat([*at_pivots, d.new_zeros((*batch, 0, len(places)))], -2)
+        root = root[..., : len(places), :].mT.tril()
         root = torch.where(real[..., :, None], root, 0) + torch.diag_embed((~real).to(d.dtype))
         return _Pivots(index, real, root.contiguous())
 

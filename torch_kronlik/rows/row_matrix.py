@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -42,19 +43,25 @@ class RowMatrix(NamedTuple):
         With ``to`` the batch is summed to that shape, as in :meth:`dense`: of each term by itself,
         since the terms of a gradient may be summed already, some more than others.
         """
-        terms = [L @ (R.mT @ X) for L, R in self.pairs]
-        if not self.is_symmetric:
-            terms = [0.5 * x for x in terms]
-            terms += [0.5 * (R @ (L.mT @ X)) for L, R in self.pairs]
+        out: Tensor | None = None
+        for term in self._products(X):  # one by one: T may be a million
+            term = term if to is None else sum_to(term, to, 2)
+            out = term if out is None else out + term
+        assert out is not None
+        return out
+
+    def _products(self, X: Tensor) -> Iterator[Tensor]:
+        """The terms of G X."""
+        for L, R in self.pairs:
+            yield (L if self.is_symmetric else 0.5 * L) @ (R.mT @ X)
+            if not self.is_symmetric:
+                yield 0.5 * (R @ (L.mT @ X))
         if self.scale is not None:
-            terms.append(self.scale[..., None, None] * X)
+            yield self.scale[..., None, None] * X
         if self.diagonal is not None:
-            terms.append(self.diagonal[..., None] * X)
+            yield self.diagonal[..., None] * X
         if self.whole is not None:
-            terms.append((self.whole if self.is_symmetric else symmetric(self.whole)) @ X)
-        if to is not None:
-            terms = [sum_to(x, to, 2) for x in terms]
-        return sum(terms[1:], terms[0])
+            yield (self.whole if self.is_symmetric else symmetric(self.whole)) @ X
 
     def trace(self) -> Tensor:
         """(*batch)"""
