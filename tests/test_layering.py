@@ -30,6 +30,7 @@ LEVEL = {
     "rules": 2.5,  # the differentiable operations over a factorisation
     "waist": 3.0,  # everything that is asked of U
     "predict": 3.5,
+    "regression": 3.6,
     "covariance": 3.7,  # the public face
     "linalg": 3.8,
     "likelihood": 3.8,

@@ -20,6 +20,7 @@ from torch_kronlik.linalg import (
 from torch_kronlik.loss import KroneckerGaussianNLLLoss
 from torch_kronlik.predict import KroneckerPosterior
 from torch_kronlik.prediction import condition
+from torch_kronlik.regression import Regression
 from torch_kronlik.rows import KernelMatrix, LowRankRoot, SymmetricEigen, symmetric_eigen
 from torch_kronlik.validation import (
     leave_one_out,
@@ -37,6 +38,7 @@ __all__ = [
     "KroneckerPlusNoise",
     "KroneckerPosterior",
     "LowRankRoot",
+    "Regression",
     "SymmetricEigen",
     "__version__",
     "block_diag",

@@ -21,6 +21,7 @@ from .checks import (
 )
 from .noise import make_noise, make_row_noise
 from .predict import KroneckerPosterior, impute, leave_out
+from .regression import Regression
 from .rows import KernelMatrix, RowCovariance, as_rows
 from .waist import MatrixRoot, Waist, check_method, check_observed_method
 
@@ -232,6 +233,13 @@ class KroneckerPlusNoise(Waist):
             )
         x_new = M_cross
         return KroneckerPosterior(self, Y, self.M.cross(x_new), self.M.covariance(x_new))
+
+    def regress(
+        self, Y: Tensor, X: Tensor, *, reml: bool = True, effects: Tensor | None = None
+    ) -> Regression:
+        """Generalised least squares of Y (*batch, T, D) on covariates X (*batch, T, c), whose
+        ``nll`` is the restricted or the full likelihood: see :class:`Regression`."""
+        return Regression(self, Y, X, reml=reml, effects=effects)
 
     def impute(self, Y: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, variance) of every entry that is not observed, noise included, given those that

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .autocast import full_precision
 from .checks import check_floating, check_square
-from .likelihood import kron_gaussian_nll
+from .covariance import KroneckerPlusNoise
 from .rows import RowCovariance
 
 __all__ = ["KroneckerGaussianNLLLoss"]
@@ -119,8 +119,15 @@ class KroneckerGaussianNLLLoss(nn.Module):
         *,
         observed: Tensor | None = None,
         row_scale: Tensor | None = None,
+        X: Tensor | None = None,
     ) -> Tensor:
         """The loss of residuals Y (*batch, T, D) at M (*batch, T, T) and K (*batch, D, D).
+
+        Args:
+            observed, row_scale: see :class:`KroneckerPlusNoise`.
+            X: (*batch, T, c), covariates whose effects on every output are profiled out by
+                restricted maximum likelihood, see :class:`Regression`. Y is then the data, not
+                their residuals.
 
         Returns:
             () or, with ``reduction="none"``, (*batch,); in nats, by default per (observed) entry.
@@ -131,8 +138,7 @@ class KroneckerGaussianNLLLoss(nn.Module):
         check_floating(K=K)
         check_square("K", K, "D", self.num_outputs)
         is_diagonal = self.noise_structure == "diagonal"
-        nll = kron_gaussian_nll(
-            Y,
+        U = KroneckerPlusNoise(
             M,
             K,
             log_noise=self.log_noise if is_diagonal else None,
@@ -140,6 +146,7 @@ class KroneckerGaussianNLLLoss(nn.Module):
             observed=observed,
             row_scale=row_scale,
         )
+        nll = U.nll(Y) if X is None else U.regress(Y, X).nll
         if observed is None or self.reduction != "mean":
             return _reduce(nll, nll.numel() * Y.shape[-2] * Y.shape[-1], self.reduction)
         entries = observed.sum((-2, -1)).expand(nll.shape).sum()
