@@ -22,7 +22,6 @@ __all__ = [
     "check_observed_method",
     "costs",
     "max_features",
-    "prefers_border",
     "require_memory",
 ]
 
@@ -65,15 +64,6 @@ def require_memory(n: int, T: int, D: int, like: Tensor) -> None:
         )
 
 
-def prefers_border(T: int, D: int, m: int) -> bool:
-    """Whether the complete U and a border of m missing entries take less than U at the others.
-
-    Measured on two cores at T = 1000, D = 4 with a rough M: the border 0.26 s with 10 % missing and
-    0.71 with 30 %, the others themselves 0.99 with 30 %. So a step of the latter counts 1.5 times.
-    """
-    return D * T**3 + 4 * T**2 * D * m + T * D * m**2 + m**3 < 1.5 * (T * D - m) ** 3
-
-
 class Costs(NamedTuple):
     """What decides on one type of device.
 
@@ -84,6 +74,8 @@ class Costs(NamedTuple):
             where T is small up to T/2 and easy_rank.
         eigh_in_choleskys: how many T×T Cholesky factorisations with inverses, one for each non-zero
             λ_j, cost as much as the eigendecomposition of a full-rank M.
+        dense_step: how much longer a multiplication takes in the factorisation of the observed
+            entries themselves than in that of the complete U with a border of the missing ones.
         small_T, small_D: up to which sizes one native call for value and gradients serves best.
     """
 
@@ -91,6 +83,7 @@ class Costs(NamedTuple):
     rank_fraction: int
     easy_rank: int
     eigh_in_choleskys: float
+    dense_step: float
     small_T: int
     small_D: int
 
@@ -108,6 +101,12 @@ class Costs(NamedTuple):
             return method == "cholesky"
         return self.smallest_low_rank <= T and nonzero < self.eigh_in_choleskys
 
+    def prefers_border(self, T: int, D: int, m: int) -> bool:
+        """Whether the complete U and a border of m missing entries take less than U at the
+        others."""
+        border = D * T**3 + 4 * T**2 * D * m + T * D * m**2 + m**3
+        return border < self.dense_step * (T * D - m) ** 3
+
     def fits_small(self, T: int, D: int) -> bool:
         """Whether one native call for value and gradients serves best."""
         return self.small_T >= T and self.small_D >= D
@@ -121,11 +120,14 @@ class Costs(NamedTuple):
 # too, and with six they would be eight in all, as much as a large problem is to take.
 # One native call at T = 128, D = 4: 0.6 ms against 1.1 (smooth M) and 1.8 (rough); in batches of 32
 # 0.36 ms each against 0.31 and 1.1, and with T the general routes win on smooth M.
+# Missing entries at T = 1000, D = 4 with a rough M: the border 0.26 s with 10 % missing and 0.71
+# with 30 %, the others themselves 0.99 with 30 %.
 CPU = Costs(
     smallest_low_rank=96,
     rank_fraction=8,
     easy_rank=64,
     eigh_in_choleskys=5.5,
+    dense_step=1.5,
     small_T=128,
     small_D=16,
 )
@@ -137,11 +139,14 @@ CPU = Costs(
 # Spectral to Cholesky route cross at 5 non-zero λ_j for T = 512, at 6 for 1024 and 2048, at 9 for
 # 4096, where each λ_j is a T×T matrix of memory too.
 # A matrix of a small problem has to fit into shared memory.
+# Missing entries at D = 4, border and the others themselves: 15 and 15 ms with 10 % of T = 1000
+# missing, 17 and 12 with 30 %, 39 and 37 with 30 % of T = 2000.
 CUDA = Costs(
     smallest_low_rank=256,
     rank_fraction=8,
     easy_rank=64,
     eigh_in_choleskys=6.5,
+    dense_step=1.0,
     small_T=64,
     small_D=16,
 )

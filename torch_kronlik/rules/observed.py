@@ -215,7 +215,8 @@ def factorise_observed(
         if is_singular and places.shape[-1] == 0:
             s, P = _basis(parts.rows)
             return Factored(parts, Rotated(s, P, rotated(s, parts.K, noise.matrix()))), "rotated"
-        prefers = not is_singular and plan.prefers_border(T, D, places.shape[-1])
+        costs = plan.costs(parts.K.device.type)
+        prefers = not is_singular and costs.prefers_border(T, D, places.shape[-1])
         if method == "border" or prefers:
             lam, R, logdet_noise = whiten(parts.K, noise)
             L, logdet, *rest = border(parts.rows.dense(), lam, R, places, real)
