@@ -143,7 +143,7 @@ def test_exactly_one_noise_argument(name: str) -> None:
         FUNCTIONS[name].structured(p._replace(noise=both))
 
 
-@pytest.mark.parametrize("method", ["dense", "", "SPECTRAL", None])
+@pytest.mark.parametrize("method", ["dense", "", "SPECTRAL", "auto, with a basis of M", None])
 @each_function
 def test_unknown_method(name: str, method: str | None) -> None:
     with pytest.raises(ValueError, match=rf"method must be one of auto, .*got {method!r}"):

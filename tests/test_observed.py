@@ -55,7 +55,7 @@ def test_every_structure(kind: str, noise: str, method: str) -> None:
     expected = value_and_gradients(Observed.nll, p)
     actual = value_and_gradients(by_route(method), p)
     for a, b in zip(actual, expected, strict=True):
-        close(a, b, 1e4 * EPS * condition(p))
+        close(a, b, 3e4 * EPS * condition(p))  # both are as far off as that
 
 
 @each_route

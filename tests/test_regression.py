@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 import statsmodels.api as sm
 import torch
-from devices import to_numpy
+from devices import opcheck, to_numpy
 from problems import make_problem, normal
 from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
@@ -251,3 +251,8 @@ def test_errors() -> None:
         fit.wald(torch.ones(2, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"X_new must have shape .*S = 1.*c = 2.*got \(1, 1\)"):
         fit.predict(X[:1, :1], p.M[:1], p.M[:1, 0])
+
+
+def test_opcheck() -> None:
+    op = torch.ops.torch_kronlik.orthonormaliser.default
+    opcheck(op, (normal(5, 3, seed=1), "must be independent", "a|b|c"))

@@ -401,7 +401,7 @@ def _triangular(x: Tensor) -> tuple[Tensor, Tensor]:
     V = torch.linalg.solve_triangular(R, eye.expand_as(R), upper=True)
     amplified = V.abs().sum(-2)
     is_dependent = ~(amplified * (_ROUNDINGS * torch.finfo(x.dtype).eps) < 1)
-    return V / length[..., :, None], is_dependent.any(-1)
+    return (V / length[..., :, None]).contiguous(), is_dependent.any(-1)
 
 
 _ROUNDINGS = 20

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from .covariance import KroneckerPlusNoise
 from .rows import RowCovariance
-from .waist import WITH_BASIS
 
 __all__ = [
     "leave_one_out",
@@ -170,5 +169,6 @@ def leave_one_row_out_log_prob(
 def _covariance(
     M: RowCovariance, K: Tensor, Sigma: Tensor | None, log_noise: Tensor | None, method: str
 ) -> KroneckerPlusNoise:
-    method = WITH_BASIS if method == "auto" else method
-    return KroneckerPlusNoise(M, K, Sigma=Sigma, log_noise=log_noise, method=method)
+    U = KroneckerPlusNoise(M, K, Sigma=Sigma, log_noise=log_noise, method=method)
+    U.prefer_basis()
+    return U

@@ -31,7 +31,7 @@ from .rules import (
     check_observed_method,
 )
 
-__all__ = ["WITH_BASIS", "MatrixRoot", "Waist", "check_method", "check_observed_method"]
+__all__ = ["MatrixRoot", "Waist", "check_method", "check_observed_method"]
 
 _Made = TypeVar("_Made")
 
@@ -129,6 +129,11 @@ class Waist:
             return self._scaled.method_used
         self._factorise()
         return self._method
+
+    def prefer_basis(self) -> None:
+        """Let "auto" take a route with a basis of M, which serves diagonal blocks of U⁻¹ best."""
+        if self._method == "auto":
+            self._method = WITH_BASIS
 
     @full_precision
     def _factorise(self) -> Factored:

@@ -32,7 +32,7 @@ WITH_BASIS = "auto, with a basis of M"
 
 
 def check_method(method: str) -> None:
-    if method not in (*METHODS, WITH_BASIS):
+    if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
 
 
