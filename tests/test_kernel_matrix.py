@@ -448,3 +448,10 @@ def test_module_as_kernel() -> None:
         for M in (tk.KernelMatrix(kernel, x, max_rank=T), kernel(x, x))
     )
     close(found[0], expected[0], 1e-9)
+    M = tk.KernelMatrix(kernel, x, max_rank=T)
+    before = M.rank
+    assert M.rank == before
+    with torch.no_grad():
+        kernel.layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="make a new one"):
+        tk.kron_logdet(M, K, log_noise=s)

@@ -90,6 +90,7 @@ class KernelMatrix:
                 raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
         self.kernel, self.x, self.max_rank, self.chunk_rows = kernel, x, max_rank, chunk_rows
         self._rows: Any = None
+        self._versions: list[int] = []
 
     @property
     def size(self) -> int:
@@ -108,8 +109,21 @@ class KernelMatrix:
     def rows(self) -> Any:
         """M as the row covariance that the library computes with."""
         if self._rows is None:
+            versions = self._current_versions()
             self._rows = self._evaluate()
+            self._versions = versions
+        elif self._versions != self._current_versions():
+            raise RuntimeError(
+                f"x or a parameter of the kernel of this {type(self).__name__} was changed in "
+                "place after it was evaluated: make a new one"
+            )
         return self._rows
+
+    def _current_versions(self) -> list[int]:
+        """How often x and the parameters of a module were changed in place."""
+        module = self.kernel if isinstance(self.kernel, torch.nn.Module) else torch.nn.Module()
+        watched = [self.x, *module.parameters(), *module.buffers()]
+        return [0 if p.is_inference() else p._version for p in watched]
 
     def cross(self, x_new: Tensor) -> Tensor:
         """kernel(x_new, x), (*batch, S, T)."""
