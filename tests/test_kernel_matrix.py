@@ -156,13 +156,15 @@ def test_functionals(what: str) -> None:
         close(mine, expected, 1e-8)
 
 
-def test_second_derivative_of_a_gradient_in_K() -> None:
+@pytest.mark.parametrize("what", ["solve", "matmul"])
+def test_second_derivative_of_a_gradient_in_K(what: str) -> None:
     """Third order in all, of which two are in M."""
     make, (x, theta, K, Sigma, Y) = leaves("rbf on a line", 1.0)
     along = normal(*x.shape, seed=6)
+    f = {"solve": tk.kron_solve, "matmul": tk.kron_matmul}[what]
     found = []
     for M in (tk.KernelMatrix(make(theta), x, max_rank=T), make(theta)(x, x)):
-        A = tk.kron_solve(M, K, Y, Sigma=Sigma)
+        A = f(M, K, Y, Sigma=Sigma)
         (gK,) = grad((A * normal(T, D, seed=5)).sum(), K, create_graph=True)
         (first,) = grad((gK * normal(D, D, seed=11)).sum(), x, create_graph=True)
         found.append(grad((first * along).sum(), x)[0])

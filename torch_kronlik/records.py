@@ -30,6 +30,7 @@ __all__ = [
     "layouts",
     "open_fields",
     "own_layout",
+    "share_members",
 ]
 
 Scalar = Annotated[Tensor, 0]  # (*batch)
@@ -64,6 +65,13 @@ class Kind:
             return cls.register(record)
 
         return register
+
+
+def share_members(record: type, members: type) -> None:
+    """Give ``record``, which as a NamedTuple cannot inherit, the members that it lacks."""
+    for name, member in vars(members).items():
+        if not name.startswith("__") and not hasattr(record, name):
+            setattr(record, name, member)
 
 
 class Leaf(NamedTuple):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Shape, sum_to, symmetric, unflatten
+from ..records import share_members
 from ..rows import RowMatrix
 from .base import PARTIAL, Factor
 
@@ -96,10 +97,8 @@ class _Members:
 
 def register_partial(record: type) -> type:
     """Make ``record``, a NamedTuple, a route for a noise of each row, with the members that all of
-    them share where it has none of its own. (A NamedTuple cannot inherit.)"""
-    for name, member in vars(_Members).items():
-        if not name.startswith("__") and not hasattr(record, name):
-            setattr(record, name, member)
+    them share where it has none of its own."""
+    share_members(record, _Members)
     registered: type = Factor.register_beside(Noise=PARTIAL)(record)
     return registered
 

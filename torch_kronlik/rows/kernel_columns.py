@@ -14,6 +14,7 @@ be divided by the smallest pivot. Source: docs/maths.md, "M from a kernel".
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,32 +23,20 @@ from torch import Tensor
 from ..batch import Shape, sum_to, symmetric
 from ..derivatives import define_flat, may_be_differentiated, register
 from ..records import Matrix
-from .base import Rows
 from .low_rank_root import basis_of_root
-from .row_matrix import RowMatrix
+from .row_matrix import Pair, RowMatrix
+from .thin import register_thin
 
 __all__ = ["KernelColumns"]
 
 
-@Rows.register
+@register_thin
 class KernelColumns(NamedTuple):
     """What :class:`.kernel_matrix.KernelMatrix` is to the rest of the library."""
 
     columns: Matrix  # C, (*batch, T, r)
     corner: Matrix  # W, (*batch, r, r)
     root: Matrix  # L, (*batch, r, r), lower triangular, a constant
-
-    @property
-    def is_constant(self) -> bool:
-        return False
-
-    @property
-    def is_curved(self) -> bool:
-        return True
-
-    @property
-    def method(self) -> str:
-        return "low_rank"
 
     @property
     def size(self) -> int:
@@ -84,35 +73,23 @@ class KernelColumns(NamedTuple):
         out: Tensor = _kernel_residual(self.columns, self.corner, self._weights(), orders)
         return out
 
-    def matmul(self, X: Tensor) -> Tensor:
-        F = self.features()
-        return F @ (F.mT @ X)
-
-    def transposed_matmul(self, X: Tensor) -> Tensor:
-        return self.symmetric_matmul(X)
-
-    def symmetric_matmul(self, X: Tensor) -> Tensor:
-        """M X, with the derivatives in C and W where something may ask for them."""
-        if not may_be_differentiated(self.columns, self.corner):
-            return self.matmul(X)
-        C, weights, E = self.columns, self._weights(), self._residual(2)
-        inner = C.mT @ X - symmetric(self.corner) @ (weights.mT @ X)
-        return C @ (weights.mT @ X) + weights @ inner + E @ (self._over_corner(E).mT @ X)
-
-    def diagonal(self) -> Tensor:
-        if not may_be_differentiated(self.columns, self.corner):
-            return self.features().square().sum(-1)
-        C, X, E = self.columns, self._weights(), self._residual(2)
-        twice = 2 * C - X @ symmetric(self.corner)
-        return (twice * X).sum(-1) + (E * self._over_corner(E)).sum(-1)
-
-    def dense(self) -> Tensor:
+    def _pairs(self) -> tuple[Pair, ...]:
+        """L_k and R_k with M = Σ_k L_k R_kᵀ; where something may ask for derivatives, with them."""
         if not may_be_differentiated(self.columns, self.corner):
             F = self.features()
-            return F @ F.mT
-        C, X, E = self.columns, self._weights(), self._residual(2)
-        left = 2 * C - X @ symmetric(self.corner)
-        return symmetric(left @ X.mT) + E @ self._over_corner(E).mT
+            return ((F, F),)
+        X, E = self._weights(), self._residual(2)
+        half = self.columns - 0.5 * (X @ symmetric(self.corner))
+        return (half, X), (X, half), (E, self._over_corner(E))
+
+    def matmul(self, X: Tensor) -> Tensor:
+        return RowMatrix(self.size, pairs=self._pairs()).apply(X)
+
+    def diagonal(self) -> Tensor:
+        return _sum((L * R).sum(-1) for L, R in self._pairs())
+
+    def dense(self) -> Tensor:
+        return _sum(L @ R.mT for L, R in self._pairs())
 
     def scaled(self, c: Tensor) -> KernelColumns:
         return self._replace(columns=c[..., None] * self.columns)
@@ -123,29 +100,15 @@ class KernelColumns(NamedTuple):
 
     # --- derivatives -----------------------------------------------------------------------------
 
-    def matmul_tangent(self, X: Tensor, along: KernelColumns) -> Tensor | None:
-        moved = self.tangent(along)
-        return None if moved is None else moved.apply(X)
-
-    def matmul_pull_back(self, Z: Tensor, X: Tensor, to: Shape) -> KernelColumns:
-        return self.pull_back(RowMatrix(self.size, pairs=((Z, X),), is_symmetric=False), to)
-
-    def _moved_residual(self, along: KernelColumns, X: Tensor) -> Tensor:
-        """dE = dC − X dW."""
-        dC, dW = along.columns, along.corner
-        if dW is None:
-            return dC
-        return _less(dC, X @ symmetric(dW))
-
     def tangent(self, along: KernelColumns) -> RowMatrix | None:
         dC, dW = along.columns, along.corner
         if dC is None and dW is None:
             return None
         X = self._weights()
-        left = self._moved_residual(along, X)
+        left = _moved_residual(dC, dW, X)
         first = left if dC is None else left + dC  # 2 dC − X dW, or −X dW
         half = 0.5 * first
-        pairs: tuple[tuple[Tensor, Tensor], ...] = ((half, X), (X, half))
+        pairs: tuple[Pair, ...] = ((half, X), (X, half))
         if may_be_differentiated(self.columns, self.corner):
             E, curved = self._residual(1), self._over_corner(left)
             pairs = (*pairs, (curved, E), (E, curved))
@@ -162,7 +125,8 @@ class KernelColumns(NamedTuple):
 
     def curvature(self, G: RowMatrix, along: KernelColumns, to: Shape) -> KernelColumns:
         X = self._weights()
-        GB = G.apply(self._over_corner(self._moved_residual(along, X)))
+        moved = _moved_residual(along.columns, along.corner, X)
+        GB = G.apply(self._over_corner(moved))
         GB = _limited(GB, self.columns, self.corner, 0)
         return self._gradient(2 * GB, -2 * symmetric(X.mT @ GB), to)
 
@@ -176,6 +140,20 @@ def _times_inverse(Z: Tensor, triangular: Tensor, *, upper: bool) -> Tensor:
     """Z times the inverse of a triangular matrix, each with a batch of its own."""
     out: Tensor = torch.linalg.solve_triangular(triangular.detach(), Z, upper=upper, left=False)
     return out
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    first, *others = terms
+    return sum(others, first)
+
+
+def _moved_residual(dC: Tensor | None, dW: Tensor | None, X: Tensor) -> Tensor:
+    """dE = dC − X dW, with None for zero, but not both."""
+    if dW is None:
+        assert dC is not None
+        return dC
+    moved = X @ symmetric(dW)
+    return -moved if dC is None else dC - moved
 
 
 # --- second order, and no more ---------------------------------------------------------------
@@ -193,12 +171,8 @@ def _residual_jvp(inputs: Any, outputs: Any, tangents: Any) -> Any:
     (C, W, X, orders), (dC, dW, *_) = inputs, tangents
     if dC is None and dW is None:
         return [None]
-    moved = dC if dW is None else _less(dC, X @ symmetric(dW))
+    moved = _moved_residual(dC, dW, X)
     return [_limited(moved.expand_as(outputs[0]), C, W, orders - 1)]
-
-
-def _less(a: Tensor | None, b: Tensor) -> Tensor:
-    return -b if a is None else a - b
 
 
 def _residual(C: Tensor, W: Tensor, X: Tensor, orders: int) -> Tensor:

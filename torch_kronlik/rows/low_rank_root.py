@@ -11,14 +11,14 @@ from ..batch import Shape
 from ..derivatives import define_flat, register
 from ..errors import require_finite
 from ..records import Matrix
-from .base import Rows
 from .eigen import precise_eigh
 from .row_matrix import RowMatrix
+from .thin import register_thin
 
 __all__ = ["LowRankRoot", "basis_of_root"]
 
 
-@Rows.register
+@register_thin
 class LowRankRoot(NamedTuple):
     """The row covariance M = F Fᵀ of rank r or less, never formed.
 
@@ -37,18 +37,6 @@ class LowRankRoot(NamedTuple):
     """
 
     F: Matrix
-
-    @property
-    def is_constant(self) -> bool:
-        return False
-
-    @property
-    def is_curved(self) -> bool:
-        return True
-
-    @property
-    def method(self) -> str:
-        return "low_rank"
 
     @property
     def size(self) -> int:
@@ -70,12 +58,6 @@ class LowRankRoot(NamedTuple):
         """M X for X (*batch, T, k)."""
         return self.F @ (self.F.mT @ X)
 
-    def transposed_matmul(self, X: Tensor) -> Tensor:
-        return self.matmul(X)
-
-    def symmetric_matmul(self, X: Tensor) -> Tensor:
-        return self.matmul(X)
-
     def diagonal(self) -> Tensor:
         """(*batch, T)"""
         return self.F.square().sum(-1)
@@ -90,13 +72,6 @@ class LowRankRoot(NamedTuple):
     def basis(self) -> tuple[Tensor, Tensor]:
         s, P = basis_of_root(self.F)
         return s, P
-
-    def matmul_tangent(self, X: Tensor, along: LowRankRoot) -> Tensor | None:
-        moved = self.tangent(along)
-        return None if moved is None else moved.apply(X)
-
-    def matmul_pull_back(self, Z: Tensor, X: Tensor, to: Shape) -> LowRankRoot:
-        return self.pull_back(RowMatrix(self.size, pairs=((Z, X),), is_symmetric=False), to)
 
     def tangent(self, along: LowRankRoot) -> RowMatrix | None:
         if along.F is None:

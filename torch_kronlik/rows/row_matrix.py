@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..batch import Shape, add_outer_, broadcast, outer_to, sum_to, symmetric
 
-__all__ = ["RowMatrix"]
+__all__ = ["Pair", "RowMatrix"]
 
 Pair = tuple[Tensor, Tensor]
 
