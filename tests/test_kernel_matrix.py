@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad, grad
 
 import torch_kronlik as tk
-from torch_kronlik import reference
-from torch_kronlik.rows import KernelColumns, as_rows, kernel_matrix
+from torch_kronlik import machine, reference
+from torch_kronlik.rows import KernelColumns, as_rows
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 T, D = 48, 2
@@ -384,7 +384,7 @@ def test_max_rank() -> None:
 
 
 def test_what_does_not_fit_names_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_matrix, "memory", lambda device: 10**5)
+    monkeypatch.setattr(machine, "memory", lambda device: 10**5)
     with pytest.raises(ValueError, match="rank above 66 with T = 200"):
         tk.KernelMatrix(rough(torch.zeros(2, dtype=torch.float64)), points(200)).rows()
 

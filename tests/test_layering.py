@@ -17,7 +17,7 @@ LEVEL = {
     "batch": 0.5,  # shapes
     "errors": 0.7,  # messages
     "checks": 0.8,  # arguments looked at
-    "machine": 0.8,
+    "machine": 0.8,  # its memory
     "levels": 0.8,  # every private name of torch
     "records": 0.8,  # arguments and results of operators
     "derivatives": 1.0,  # how a native op gets its derivative rules
@@ -30,7 +30,7 @@ LEVEL = {
     "rules": 2.5,  # the differentiable operations over a factorisation
     "waist": 3.0,  # everything that is asked of U
     "predict": 3.5,
-    "regression": 3.6,
+    "regression": 3.6,  # fixed effects
     "covariance": 3.7,  # the public face
     "linalg": 3.8,
     "likelihood": 3.8,

@@ -21,7 +21,7 @@ from torch.autograd import grad
 from torch.func import functional_call
 
 import torch_kronlik as tk
-from torch_kronlik.factor import plan
+from torch_kronlik import machine
 
 # ---------------------------------------------------------------- functions and modules
 
@@ -209,7 +209,7 @@ def test_faults_in_the_data_are_named(method: str) -> None:
 
 def test_what_does_not_fit_is_an_error_with_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     p = make_observed(40, 2, kind="matern12", noise="row_full")
-    monkeypatch.setattr(plan, "memory", lambda device: 10_000)
+    monkeypatch.setattr(machine, "memory", lambda device: 10_000)
     with pytest.raises(ValueError, match=r"72 observed entries.*size 80.*smooth"):
         p.covariance().logdet()
 

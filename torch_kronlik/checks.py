@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "check_sample_shape",
     "check_square",
     "check_uniform",
+    "versions",
 ]
 
 
@@ -194,3 +195,10 @@ def check_broadcast(**batches: Sequence[int]) -> torch.Size:
     except RuntimeError:
         shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in batches.items())
         raise ValueError(f"the batch shapes must broadcast, got {shapes}") from None
+
+
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """How often each was changed in place; nothing while a graph is traced."""
+    if torch.compiler.is_compiling():
+        return []
+    return [0 if x.is_inference() else x._version for x in tensors]

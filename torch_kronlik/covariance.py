@@ -22,7 +22,7 @@ from .checks import (
 from .noise import make_noise, make_row_noise
 from .predict import KroneckerPosterior, impute, leave_out
 from .regression import Regression
-from .rows import KernelMatrix, RowCovariance, as_rows
+from .rows import RowCovariance, as_rows, at_points
 from .waist import MatrixRoot, Waist, check_method, check_observed_method
 
 __all__ = ["KroneckerPlusNoise"]
@@ -224,15 +224,9 @@ class KroneckerPlusNoise(Waist):
         S, d) or (S,), makes the two covariances. For many points of which the variances alone are
         wanted, ``condition(Y, M.cross(x_new), M.variance(x_new))`` spares the S×S matrix.
         """
-        if M_test is not None:
-            return KroneckerPosterior(self, Y, M_cross, M_test)
-        if not isinstance(self.M, KernelMatrix):
-            raise TypeError(
-                "condition needs M_cross and M_test; new points alone are enough where M is a "
-                f"KernelMatrix, got {type(self.M).__name__}"
-            )
-        x_new = M_cross
-        return KroneckerPosterior(self, Y, self.M.cross(x_new), self.M.covariance(x_new))
+        if M_test is None:
+            M_cross, M_test = at_points(self.M, M_cross)
+        return KroneckerPosterior(self, Y, M_cross, M_test)
 
     def regress(
         self, Y: Tensor, X: Tensor, *, reml: bool = True, effects: Tensor | None = None

@@ -16,7 +16,7 @@ from .checks import check_broadcast, check_data, check_uniform
 from .covariance import KroneckerPlusNoise
 from .errors import raise_if_not_finite
 from .records import expand_record
-from .rows import KernelMatrix, RowCovariance, as_rows
+from .rows import RowCovariance, as_rows
 
 __all__ = ["KroneckerNormal"]
 
@@ -115,12 +115,10 @@ class KroneckerNormal(Distribution):
     def M(self) -> RowCovariance:
         """(*batch, T, T), or the row covariance that was given; a KernelMatrix at its own batch."""
         M = self._covariance.M
-        if isinstance(M, Tensor):
-            return self._expanded(M, 2)
-        if isinstance(M, KernelMatrix):
-            return M
-        wide: RowCovariance = expand_record(M, self.batch_shape)
-        return wide
+        if isinstance(M, tuple):
+            wide: RowCovariance = expand_record(M, self.batch_shape)
+            return wide
+        return self._expanded(M, 2) if isinstance(M, Tensor) else M
 
     @property
     def K(self) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import rules
 from .autocast import full_precision
 from .batch import places_of, submatrix, symmetric
-from .checks import check_broadcast, check_data, check_uniform
+from .checks import check_broadcast, check_data, check_uniform, versions
 from .derivatives import may_be_differentiated
 from .errors import LinAlgError
 from .guards import finite, positive
@@ -139,12 +139,12 @@ class Waist:
     def _factorise(self) -> Factored:
         made = self._factorised
         if made is None:
-            versions = self._current_versions()
+            current = versions(self._watched)
             make = partial(self._make, self._method)
             made, self._method = _outside_inference(make)
             # Last, so that another thread finds all of it or nothing.
-            self._versions, self._factorised = versions, made
-        elif self._versions != self._current_versions():
+            self._versions, self._factorised = current, made
+        elif self._versions != versions(self._watched):
             raise RuntimeError(
                 f"an argument of this {type(self).__name__} was changed in place after it was "
                 "factorised: make a new one"
@@ -201,12 +201,6 @@ class Waist:
         """The factorisation, where every row has a noise of its own; None otherwise."""
         U = self._factorise()
         return U if self.is_per_row else None
-
-    def _current_versions(self) -> list[int]:
-        """How often each argument was changed in place; nothing while a graph is traced."""
-        if torch.compiler.is_compiling():
-            return []
-        return [0 if x.is_inference() else x._version for x in self._watched]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is factorised anew, by the same route: its arguments are other tensors."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..machine import memory
+from ..machine import shortage
 
 __all__ = [
     "METHODS",
@@ -54,12 +54,11 @@ def max_features(T: int, D: int, q: int) -> int:
 
 def require_memory(n: int, T: int, D: int, like: Tensor) -> None:
     """Raise where the factor of n observed entries, U⁻¹ and its copy do not fit."""
-    needed, there = (n * n + 2 * (T * D) ** 2) * like.element_size(), memory(like.device)
-    if there is not None and needed > there:
-        sizes = f"{needed / 1e9:.1f} GB where there are {there / 1e9:.1f}"
+    short = shortage((n * n + 2 * (T * D) ** 2) * like.element_size(), like.device)
+    if short:
         raise ValueError(
             f"M is of full rank, and {n} observed entries need matrices of size {T * D} "
-            f"(T = {T}, D = {D}), {sizes}: a smooth kernel (KernelMatrix), M of low rank "
+            f"(T = {T}, D = {D}), {short}: a smooth kernel (KernelMatrix), M of low rank "
             "(LowRankRoot), the same noise in all rows or fewer rows would fit"
         )
 

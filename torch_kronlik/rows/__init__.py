@@ -24,6 +24,7 @@ __all__ = [
     "Rows",
     "SymmetricEigen",
     "as_rows",
+    "at_points",
     "symmetric_eigen",
 ]
 
@@ -42,3 +43,13 @@ def as_rows(M: Any) -> Any:
     hidden = (Dense, KernelColumns)
     kinds = ", ".join(k.__name__ for k in (*Rows.records, KernelMatrix) if k not in hidden)
     raise TypeError(f"M must be a tensor or a row covariance ({kinds}), got {type(M).__name__}")
+
+
+def at_points(M: Any, x_new: Tensor) -> tuple[Tensor, Tensor]:
+    """(M_cross, M_test) of new points, which a KernelMatrix alone can make."""
+    if not isinstance(M, KernelMatrix):
+        raise TypeError(
+            "condition needs M_cross and M_test; new points alone are enough where M is a "
+            f"KernelMatrix, got {type(M).__name__}"
+        )
+    return M.cross(x_new), M.covariance(x_new)

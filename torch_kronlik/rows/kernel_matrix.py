@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import check_floating
+from ..checks import check_floating, versions
 from ..derivatives import is_plain_eager
 from ..errors import LinAlgError, not_positive_definite
-from ..machine import memory
+from ..machine import shortage
 from .dense import Dense
 from .kernel_columns import KernelColumns
 
@@ -109,21 +109,23 @@ class KernelMatrix:
     def rows(self) -> Any:
         """M as the row covariance that the library computes with."""
         if self._rows is None:
-            versions = self._current_versions()
+            current = versions(self._watched)
             self._rows = self._evaluate()
-            self._versions = versions
-        elif self._versions != self._current_versions():
+            self._versions = current
+        elif self._versions != versions(self._watched):
             raise RuntimeError(
                 f"x or a parameter of the kernel of this {type(self).__name__} was changed in "
                 "place after it was evaluated: make a new one"
             )
         return self._rows
 
-    def _current_versions(self) -> list[int]:
-        """How often x and the parameters of a module were changed in place."""
-        module = self.kernel if isinstance(self.kernel, torch.nn.Module) else torch.nn.Module()
-        watched = [self.x, *module.parameters(), *module.buffers()]
-        return [0 if p.is_inference() else p._version for p in watched]
+    @property
+    def _watched(self) -> list[Tensor]:
+        """x, and what a module holds; what a function closes over, nobody knows."""
+        kernel = self.kernel
+        if not isinstance(kernel, torch.nn.Module):
+            return [self.x]
+        return [self.x, *kernel.parameters(), *kernel.buffers()]
 
     def cross(self, x_new: Tensor) -> Tensor:
         """kernel(x_new, x), (*batch, S, T)."""
@@ -177,8 +179,7 @@ class KernelMatrix:
             found = self._pivots(limit)
         if found is None:
             return Dense(self._whole(limit))
-        batch = found.places.shape[:-1]
-        x = self.x if self.x.dim() == 1 else self.x.expand(*batch, *self.x.shape[-2:])
+        x = self._points_for(found.places.shape[:-1])
         pivots = _at(x, found.places)
         columns = self._columns(x, pivots)
         corner = self._covariance(pivots, pivots)
@@ -190,12 +191,10 @@ class KernelMatrix:
 
     def _pivots(self, limit: int) -> _Pivots | None:
         """None where the rank is above ``limit``, or is going to be."""
-        d = self._diagonal(self.x).clone()
+        d = self._diagonal(self.x)
         _require_variances(d)
         T, batch = self.size, d.shape[:-1]
-        if not d.numel():
-            limit = 0
-        x = self.x if self.x.dim() == 1 else self.x.expand(*batch, *self.x.shape[-2:])
+        x = self._points_for(batch)
         scale = d.amax(-1, keepdim=True) if T else d.new_zeros((*batch, 1))
         stop = 4.5 * torch.finfo(d.dtype).eps * scale
         F: list[Tensor] = []  # the columns of the factor as rows, in blocks that grow in number
@@ -225,14 +224,14 @@ class KernelMatrix:
             d = d.clamp_(min=0)
             places.append(torch.where(is_left, p, -1))
         _require_semidefinite(lowest, scale, len(places))
-        index = torch.cat(places, -1) if places else d.new_empty((*batch, 0), dtype=torch.int64)
-        real = index >= 0
-        index = index.clamp(min=0)
-        at_pivots = [block.take_along_dim(index[..., None, :], -1) for block in F]
-        root = torch.cat([*at_pivots, d.new_zeros((*batch, 0, len(places)))], -2)
-        root = root[..., : len(places), :].mT.tril()
-        root = torch.where(real[..., :, None], root, 0) + torch.diag_embed((~real).to(d.dtype))
-        return _Pivots(index, real, root.contiguous())
+        if not places:
+            none = d.new_empty((*batch, 0), dtype=torch.int64)
+            return _Pivots(none, none >= 0, d.new_empty((*batch, 0, 0)))
+        return _Pivots.of(F, torch.cat(places, -1))
+
+    def _points_for(self, batch: torch.Size) -> Tensor:
+        """x at the batch shape of what the kernel returns."""
+        return self.x if self.x.dim() == 1 else self.x.expand(*batch, *self.x.shape[-2:])
 
     def _columns(self, x: Tensor, pivots: Tensor) -> Tensor:
         """C = kernel(x, pivots), in chunks of rows that backward evaluates again."""
@@ -246,13 +245,12 @@ class KernelMatrix:
 
     def _whole(self, limit: int) -> Tensor:
         """M as a matrix."""
-        T, there = self.size, memory(self.x.device)
-        needed = 4 * T * T * self.x.element_size()
-        if there is not None and needed > there:
+        T = self.size
+        short = shortage(4 * T * T * self.x.element_size(), self.x.device)
+        if short:
             raise ValueError(
-                f"kernel(x, x) has a rank above {limit} with T = {T}, and as a matrix takes "
-                f"{needed / 1e9:.1f} GB with its factor where there are {there / 1e9:.1f}: a "
-                "smoother kernel, a larger max_rank or fewer rows would fit"
+                f"kernel(x, x) has a rank above {limit} with T = {T}, and as a matrix takes, with "
+                f"its factor, {short}: a smoother kernel, a larger max_rank or fewer rows would fit"
             )
         return self._covariance(self.x, self.x)
 
@@ -261,6 +259,16 @@ class _Pivots(NamedTuple):
     places: Tensor  # (*batch, r), of the pivots among the T rows
     real: Tensor  # (*batch, r) of bool, False for what fills up the batch
     root: Tensor  # L, (*batch, r, r)
+
+    @classmethod
+    def of(cls, F: list[Tensor], index: Tensor) -> _Pivots:
+        """From the factor, transposed and in blocks, and the places, −1 for what fills up."""
+        real, places = index >= 0, index.clamp(min=0)
+        r = index.shape[-1]
+        rows = [block.take_along_dim(places[..., None, :], -1) for block in F]
+        root = torch.cat(rows, -2)[..., :r, :].mT.tril()
+        root = torch.where(real[..., :, None], root, 0)
+        return cls(places, real, (root + torch.diag_embed((~real).to(root.dtype))).contiguous())
 
 
 def _count(points: Tensor) -> int:
