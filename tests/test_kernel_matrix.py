@@ -255,6 +255,23 @@ def test_chunks_are_evaluated_again_in_backward() -> None:
         close(a, b, 1e-12)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_first_use_without_gradients(mode: Any) -> None:
+    make, (x, theta, K, Sigma, Y) = leaves("rbf on a line", 1.0)
+    M = tk.KernelMatrix(make(theta), x, max_rank=T)
+    with mode():
+        assert M.rank < T
+    found = grad(tk.kron_gaussian_nll(Y, M, K, Sigma=Sigma), theta)
+    close(found[0], grad(dense(make, x, theta, K, Sigma, Y), theta)[0], 1e-10)
+
+
+def test_points_made_in_inference_mode() -> None:
+    make, (x, theta, K, Sigma, Y) = leaves("rbf on a line", 1.0)
+    with torch.inference_mode():
+        found = nll(make, x.clone(), theta, K, Sigma, Y)
+    close(found, dense(make, x, theta, K, Sigma, Y), 1e-12)
+
+
 def test_batch_of_different_ranks() -> None:
     x = torch.stack([points(T, 1), 0.2 * points(T, 1, seed=1)]).requires_grad_()
     Y, K = normal(2, T, D, seed=3), torch.eye(D, dtype=torch.float64)

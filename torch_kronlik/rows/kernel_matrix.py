@@ -110,7 +110,9 @@ class KernelMatrix:
         """M as the row covariance that the library computes with."""
         if self._rows is None:
             current = versions(self._watched)
-            self._rows = self._evaluate()
+            # Also where the first use asks for no gradients: a later one may.
+            with torch.inference_mode(False), torch.set_grad_enabled(not self.x.is_inference()):
+                self._rows = self._evaluate()
             self._versions = current
         elif self._versions != versions(self._watched):
             raise RuntimeError(
