@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["TARGETS", "Case", "Target", "curves", "grid", "problem"]
+__all__ = ["TARGETS", "Case", "Target", "curves", "grid", "mask", "problem"]
 
 LENGTH = 0.1  # of the kernels, on a line from 0 to 1
 
@@ -92,6 +92,12 @@ def problem(case: Case) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     noise = {"Sigma": Sigma} if case.noise == "full" else {"log_noise": log_noise}
     cast = {name: x.to(case.dtype) for name, x in noise.items()}
     return Y.to(case.dtype), M.to(case.dtype), K.to(case.dtype), cast
+
+
+def mask(case: Case, share: float) -> Tensor:
+    """(T, D), True where an entry is observed, the same in every run: ``share`` are missing."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(case.T, case.D, generator=generator) > share
 
 
 def _kernel(case: Case, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from cases import Case
+from cases import Case, mask
 from common import seconds
 from gpu_checks import gradients, moved
 from torch import Tensor
@@ -203,7 +203,7 @@ class Bench:
             for T, share in sizes:
                 case = Case(T, 4, kernel)
                 Y, M, K, noise = moved(case, self.device)
-                observed = torch.rand(T, 4, device=self.device) > share
+                observed = mask(case, share).to(self.device)
                 names = ["capacitance"] if kernel == "rbf" else []
                 names += ["border"] + (["dense"] if T <= 2000 else [])
                 times = {name: self.masked(name, observed, Y, M, K, noise) for name in names}

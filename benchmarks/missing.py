@@ -17,7 +17,7 @@ from functools import partial
 
 import linear_operator
 import torch
-from cases import Case, problem
+from cases import Case, mask, problem
 from common import error, markdown, ratio, take_turns, warm_up
 from peers import _covariance_operator as covariance_operator
 from torch import Tensor
@@ -35,11 +35,6 @@ CASES = [
 ]
 LARGEST_DENSE = 8000
 Noise = dict[str, Tensor]
-
-
-def mask(case: Case, share: float) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(case.T, case.D, generator=generator) > share
 
 
 def dense(Y: Tensor, M: Tensor, K: Tensor, observed: Tensor, **noise: Tensor) -> Tensor:

@@ -231,6 +231,22 @@ def test_dependent_columns_are_named() -> None:
         covariance(p, observed=observed).regress(p.Y, X)
 
 
+def test_covariates_of_missing_entries_are_not_looked_at() -> None:
+    p, X = data()
+    observed = torch.ones(T, D, dtype=torch.bool)
+    observed[2] = False
+    observed[3, 1] = False
+    effects = torch.tensor([[True, True], [False, True]])
+    U = covariance(p, observed=observed)
+    hidden = X.clone()
+    hidden[2], hidden[3, 1] = math.nan, math.nan  # covariate 1 enters output 1 alone
+    found = U.regress(p.Y, hidden, effects=effects)
+    close(found.nll, U.regress(p.Y, X, effects=effects).nll)
+    hidden[5, 1] = math.inf
+    with pytest.raises(ValueError, match=r"X\[5, 1\] is inf"):
+        U.regress(p.Y, hidden, effects=effects)
+
+
 def test_errors() -> None:
     p, X = data()
     U = covariance(p)

@@ -1,10 +1,4 @@
-"""Fixed effects: generalised least squares with covariance U, its likelihood, tests, predictions.
-
-The letters are those of docs/maths.md, "Fixed effects and REML". The N×p design x has a column
-x_c ⊗ e_j for each covariate c and output j that it enters. It is used as x̃ = x V with orthonormal
-columns, V upper triangular: scales of the covariates and correlations between them cost no digits.
-Every result is the same for any V, so that V is a constant for differentiation.
-"""
+"""Generalised least squares of data on covariates."""
 
 from __future__ import annotations
 
@@ -15,18 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autocast import full_precision
-from .batch import symmetric, unflatten
-from .capture import is_captured
-from .checks import check_broadcast, check_uniform
-from .derivatives import define
-from .errors import batch_element
-from .guards import finite
-from .predict import KroneckerPosterior
-from .records import Matrix
-from .waist import Waist
+from ..autocast import full_precision
+from ..batch import symmetric
+from ..checks import check_broadcast, check_uniform
+from ..guards import finite
+from ..waist import Waist
+from .chi2 import log_chi2_tail
+from .columns import as_matrix, orthonormaliser
+from .posterior import RegressionPosterior
 
-__all__ = ["Regression", "RegressionPosterior", "WaldTest"]
+__all__ = ["Regression", "WaldTest"]
 
 
 class WaldTest(NamedTuple):
@@ -102,13 +94,16 @@ class Regression:
 
     def _fit(self) -> None:
         """The one pass that everything else is made of."""
-        x = self._design(self.X)
-        if self.U.observed is not None:
-            x = torch.where(self.U.observed[..., None], x, 0)
-        x = _matrix(finite(x, X=self.X if self.U.observed is None else x))
-        self._V = _orthonormaliser(x, *self._words())
+        X, observed = self.X, self.U.observed
+        if observed is not None:
+            X = torch.where(self._looked_at(observed), X, 0)
+        x = self._design(X)
+        if observed is not None:
+            x = torch.where(observed[..., None], x, 0)
+        x = as_matrix(finite(x, X=X))
+        self._V = orthonormaliser(x, *self._words())
         self._x = x @ self._V
-        self._z = _matrix(self._inverse_matmul(self._x))
+        self._z = as_matrix(self._inverse_matmul(self._x))
         self._C = torch.linalg.cholesky(symmetric(self._x.mT @ self._z))  # S = C Cᵀ
         seen = self.U.seen(self.Y)
         y = finite(seen, Y=seen).flatten(-2)[..., None]
@@ -198,11 +193,11 @@ class Regression:
         difference = finite(difference, L=L, rhs=rhs)
         H = self._root @ L[..., self._places()].mT  # L cov(b̂) Lᵀ = HᵀH
         what = "L must have linearly independent rows on the coefficients that enter"
-        W = _orthonormaliser(H, what, "|".join(f"L[..., {i}, :]" for i in range(q)))
+        W = orthonormaliser(H, what, "|".join(f"L[..., {i}, :]" for i in range(q)))
         G = torch.linalg.cholesky(symmetric((H @ W).mT @ (H @ W)))
         white = torch.linalg.solve_triangular(G, W.mT @ difference[..., None], upper=False)
         statistic = white.square().sum((-2, -1))
-        log_p = _log_chi2_tail(statistic, q)
+        log_p = log_chi2_tail(statistic, q)
         return WaldTest(statistic, q, log_p.exp(), log_p)
 
     @full_precision
@@ -243,6 +238,12 @@ class Regression:
         eye = torch.eye(math.prod(self._shape), dtype=v.dtype, device=v.device)
         return v @ eye[self._places()]
 
+    def _looked_at(self, observed: Tensor) -> Tensor:
+        """Where X enters an observed entry: (*batch, T, c)."""
+        if self.effects is None:
+            return observed.any(-1, keepdim=True)
+        return (observed[..., None, :] & self.effects).any(-1)
+
     def _design(self, X: Tensor) -> Tensor:
         """The columns x_c ⊗ e_j that enter, for rows X (*batch, S, c): (*batch, S, D, p)."""
         c, d = ([pair[i] for pair in self._enters] for i in (0, 1))
@@ -263,176 +264,6 @@ class Regression:
         where = "" if self.U.observed is None else " at the observed entries"
         names = [f"X[..., {c}] (output {d})" for c, d in self._enters]
         return f"X must have linearly independent columns{where}", "|".join(names)
-
-
-class RegressionPosterior:
-    """The Gaussian posterior of S new rows with covariates, known as universal kriging.
-
-    With h the part of the new rows' design that the residuals do not carry over,
-    h = x_new − (M_* ⊗ K) U⁻¹ x:
-
-        mean                  X_new b̂ + M_* (U⁻¹·R) K,  R the residuals
-        latent covariance     that of :class:`KroneckerPosterior` + h S⁻¹ hᵀ
-        observations add      I_S ⊗ Σ
-
-    The latent value is X_new b plus the random part of the row. Attributes are computed when they
-    are asked for, differentiably in every argument.
-
-    Args:
-        fit: the regression.
-        X_new: (*batch, S, c), the covariates of the new rows.
-        M_cross, M_test: as of :class:`KroneckerPosterior`.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit, or is not finite.
-
-    Cost: beside that of :class:`KroneckerPosterior`, O(S·T·D·p + S·D·p²).
-    Source: Matheron 1969; Henderson 1975.
-
-    >>> import torch_kronlik as tk
-    >>> U = tk.KroneckerPlusNoise(torch.zeros(3, 3), torch.eye(1), log_noise=torch.zeros(1))
-    >>> fit = U.regress(torch.tensor([[1.0], [2.0], [6.0]]), torch.ones(3, 1))
-    >>> new = fit.predict(torch.ones(1, 1), torch.zeros(1, 3), torch.zeros(1))
-    >>> new.mean, new.variance, new.observation_variance
-    (tensor([[3.]]), tensor([[0.3333]]), tensor([[1.3333]]))
-    """
-
-    @full_precision
-    def __init__(self, fit: Regression, X_new: Tensor, M_cross: Tensor, M_test: Tensor) -> None:
-        self.fit, self.X_new, self.M_cross = fit, X_new, M_cross
-        self._kriging = KroneckerPosterior(fit.U, fit.residuals, M_cross, M_test)
-        check_uniform(K=fit.U.K, X_new=X_new)
-        self.event_shape = self._kriging.event_shape
-        shape = self.event_shape[0], fit.num_covariates
-        if X_new.dim() < 2 or tuple(X_new.shape[-2:]) != shape:
-            raise ValueError(
-                f"X_new must have shape (*batch, S, c) with S = {shape[0]} (from M_cross) and "
-                f"c = {shape[1]} (from X), got {tuple(X_new.shape)}"
-            )
-        self.batch_shape = check_broadcast(
-            **{"data, M_cross and M_test": self._kriging.batch_shape, "X_new": X_new.shape[:-2]}
-        )
-
-    @property
-    @full_precision
-    def mean(self) -> Tensor:
-        """Of the latent values and of the observations: (*batch, S, D)."""
-        fixed = self.X_new @ self.fit.coefficients
-        return self._expand(finite(fixed, X_new=self.X_new) + self._kriging.mean, 2)
-
-    @property
-    @full_precision
-    def variance(self) -> Tensor:
-        """The variances of the latent values: (*batch, S, D)."""
-        return self._expand(self._kriging.variance + self._root.square().sum(-3), 2)
-
-    @property
-    @full_precision
-    def observation_variance(self) -> Tensor:
-        """The variances of new observations, noise included: (*batch, S, D)."""
-        return self._expand(self._kriging.observation_variance + self._root.square().sum(-3), 2)
-
-    @property
-    @full_precision
-    def row_covariance(self) -> Tensor:
-        """The covariance of the latent values of each row: (*batch, S, D, D)."""
-        root = self._root.movedim(-3, -1)
-        return self._expand(self._kriging.row_covariance + root @ root.mT, 3)
-
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(batch_shape={tuple(self.batch_shape)}, "
-            f"event_shape={tuple(self.event_shape)})"
-        )
-
-    @property
-    def _root(self) -> Tensor:
-        """C⁻¹ h̃ᵀ with h̃ = h V, the square of which is h S⁻¹ hᵀ: (*batch, p, S, D)."""
-        fit, D = self.fit, self.event_shape[1]
-        z = fit._z.unflatten(-2, fit.U.event_shape).flatten(-2)  # (*batch, T, D·p)
-        carried = (self.M_cross @ z).unflatten(-1, (D, fit.num_coefficients))
-        h = _matrix(fit._design(self.X_new)) @ fit._V - _matrix(
-            symmetric(fit.U.K)[..., None, :, :] @ carried
-        )
-        h = finite(h, X_new=self.X_new, M_cross=self.M_cross)
-        root = torch.linalg.solve_triangular(fit._C, h.mT, upper=False)
-        return unflatten(root, -1, self.event_shape)
-
-    def _expand(self, x: Tensor, core: int) -> Tensor:
-        return x.expand(*self.batch_shape, *x.shape[x.dim() - core :])
-
-
-# --- columns that are linearly independent -------------------------------------------------------
-
-
-class Columns(NamedTuple):
-    x: Matrix
-    what: str  # they must be, for the error
-    names: str  # of the columns, with | between them
-
-
-class Transformed(NamedTuple):
-    V: Matrix
-
-
-def _make_orthonormaliser(given: Columns) -> Tensor:
-    x, what, names = given
-    V, is_dependent = _triangular(x)
-    if not is_captured(x) and bool(is_dependent.any()):
-        _raise_dependent(x, is_dependent, what, names.split("|"))
-    return V
-
-
-def _triangular(x: Tensor) -> tuple[Tensor, Tensor]:
-    """V, (*batch, p, p), and whether the columns depend on each other to rounding, (*batch).
-
-    Column k less its projection on those before it has 1/|V_kk| times its length. Rounding of
-    the columns moves that by eps times their lengths times their coefficients in the projection:
-    in proportion to what Σ_l |V_lk| |x_l| sums.
-    """
-    n, p = x.shape[-2:]
-    eye = torch.eye(p, dtype=x.dtype, device=x.device)
-    if n < p:
-        batch = x.shape[:-2]
-        return eye.expand(*batch, p, p).contiguous(), x.new_ones(batch, dtype=torch.bool)
-    length = torch.linalg.vector_norm(x, dim=-2)
-    length = torch.where(length > 0, length, 1)
-    R = torch.linalg.qr(x / length[..., None, :], mode="r")[1]
-    V = torch.linalg.solve_triangular(R, eye.expand_as(R), upper=True)
-    amplified = V.abs().sum(-2)
-    is_dependent = ~(amplified * (_ROUNDINGS * torch.finfo(x.dtype).eps) < 1)
-    return (V / length[..., :, None]).contiguous(), is_dependent.any(-1)
-
-
-_ROUNDINGS = 20
-
-
-def _raise_dependent(x: Tensor, bad: Tensor, what: str, names: list[str]) -> None:
-    """One column after the other joins those that it does not depend on."""
-    first = x.flatten(0, -3)[int(bad.flatten().nonzero()[0, 0])] if bad.dim() else x
-    kept: list[int] = []
-    dependent = []
-    for k in range(len(names)):
-        if bool(_triangular(first[:, [*kept, k]])[1]):
-            dependent.append(names[k])
-        else:
-            kept.append(k)
-    of = {name: name.partition(" (")[0] for name in names}
-    whole = [of[x] for x in names if all(n in dependent for n in names if of[n] == of[x])]
-    words = dict.fromkeys(of[name] if of[name] in whole else name for name in dependent)
-    depend = "depends" if len(words) == 1 else "depend"
-    raise ValueError(f"{what}, but {', '.join(words)} {depend} on those before{batch_element(bad)}")
-
-
-_orthonormaliser = define(
-    "orthonormaliser",
-    Columns,
-    Transformed,
-    _make_orthonormaliser,
-    lambda given: given.x.new_empty((*given.x.shape[:-2], *[given.x.shape[-1]] * 2)),
-)
-"""V upper triangular with (x V)ᵀ x V = I, a constant for differentiation, after a check that the
-columns of x are linearly independent."""
 
 
 # --- helpers -------------------------------------------------------------------------------------
@@ -457,11 +288,6 @@ def _check_effects(effects: object, c: int, D: int) -> None:
         )
 
 
-def _matrix(x: Tensor) -> Tensor:
-    """(*batch, T, D, p) as (*batch, T·D, p)"""
-    return x.flatten(-3, -2)
-
-
 def _log_diagonal(C: Tensor) -> Tensor:
     return C.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
@@ -471,20 +297,3 @@ def _cholesky_solve(C: Tensor, b: Tensor) -> Tensor:
     half = torch.linalg.solve_triangular(C, b, upper=False)
     out: Tensor = torch.linalg.solve_triangular(C.mT, half, upper=True)
     return out
-
-
-def _log_chi2_tail(statistic: Tensor, q: int) -> Tensor:
-    """log P(χ²_q > statistic), as a finite sum of positive terms.
-
-    With h = statistic / 2: e⁻ʰ Σ_k h^k / Γ(k + 1), k < q/2 in whole steps from 0 where q is even,
-    from ½ where it is odd; then erfc(√h) is added.
-    """
-    h = statistic / 2
-    powers = [k + (q % 2) / 2 for k in range(q // 2)]
-    terms = [torch.special.xlogy(k, h) - math.lgamma(k + 1) for k in powers]
-    if q % 2:
-        positive = torch.where(h > 0, h, 1)  # the root has no derivative at zero
-        terms.append(torch.where(h > 0, torch.special.erfcx(positive.sqrt()).log(), 0))
-    if not terms:
-        return torch.where(h > 0, -math.inf, 0.0).to(h)
-    return (torch.logsumexp(torch.stack(terms), 0) - h).clamp(max=0)
