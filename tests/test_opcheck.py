@@ -48,7 +48,7 @@ ELSEWHERE |= {
     "rotated",
     "positive",
 }
-ELSEWHERE |= {"kernel_residual", "limited"}  # in test_kernel_matrix.py
+ELSEWHERE |= {"kernel_residual", "limited"}  # in test_kernel_derivatives.py
 ELSEWHERE |= {"orthonormaliser"}  # in test_regression.py
 ELSEWHERE |= {"small_nll", "gaussian_nll_small", "expm_action", "expm_gradient", "expm_jacobian"}
 

@@ -1,4 +1,4 @@
-"""Sums over the batch dimensions that an argument was broadcast over."""
+"""Batch dimensions: expanded, and summed where an argument was broadcast over them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ __all__ = [
     "Shape",
     "add_outer_",
     "broadcast",
+    "expand_to",
     "mean_with_transpose",
     "outer_to",
     "places_of",
@@ -30,6 +31,11 @@ def broadcast(*shapes: Shape) -> torch.Size:
     if all(shape == batches[0] for shape in batches):
         return torch.Size(batches[0] if batches else ())
     return torch.Size(torch.broadcast_shapes(*shapes))
+
+
+def expand_to(tensor: Tensor, batch: Sequence[int], core: int) -> Tensor:
+    """Expand the batch dimensions of ``tensor`` to ``batch``; the last ``core`` stay."""
+    return tensor.expand(*batch, *tensor.shape[tensor.dim() - core :])
 
 
 def sum_to(tensor: Tensor, batch: Sequence[int], core: int) -> Tensor:

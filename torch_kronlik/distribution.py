@@ -12,6 +12,7 @@ from torch.distributions import Distribution, constraints, register_kl
 from torch.types import _size
 
 from .autocast import full_precision
+from .batch import expand_to
 from .checks import check_broadcast, check_data, check_uniform
 from .covariance import KroneckerPlusNoise
 from .errors import raise_if_not_finite
@@ -137,7 +138,7 @@ class KroneckerNormal(Distribution):
         return None if s is None else self._expanded(s, 1)
 
     def _expanded(self, X: Tensor, core: int) -> Tensor:
-        return X.expand(self.batch_shape + X.shape[X.dim() - core :])
+        return expand_to(X, self.batch_shape, core)
 
     # --- moments ----------------------------------------------------------------------------------
 

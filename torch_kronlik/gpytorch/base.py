@@ -22,7 +22,7 @@ from linear_operator.utils.memoize import cached
 from torch import Tensor
 from typing_extensions import Self
 
-from ..batch import symmetric
+from ..batch import expand_to, symmetric
 from ..covariance import KroneckerPlusNoise
 
 __all__ = [
@@ -182,7 +182,7 @@ class StructuredLinearOperator(LinearOperator):  # type: ignore[misc]
     # --- batches and entries ---------------------------------------------------------------------
 
     def _expanded(self, x: Tensor, core: int) -> Tensor:
-        return x.expand(*self.batch_shape, *x.shape[x.dim() - core :])
+        return expand_to(x, self.batch_shape, core)
 
     def repeat(self, *sizes: Any) -> LinearOperator:
         """Tiled along batch dimensions."""
@@ -200,7 +200,7 @@ class StructuredLinearOperator(LinearOperator):  # type: ignore[misc]
     def _expand_batch(self, batch_shape: Sequence[int]) -> LinearOperator:
         if torch.Size(batch_shape) == self.batch_shape:
             return self
-        return self._map(lambda x, core: x.expand(*batch_shape, *x.shape[x.dim() - core :]))
+        return self._map(lambda x, core: expand_to(x, batch_shape, core))
 
     def _permute_batch(self, *dims: int) -> LinearOperator:
         return self._map(lambda x, core: self._expanded(x, core).permute(*dims, *range(-core, 0)))

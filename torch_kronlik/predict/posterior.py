@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import full_precision
-from ..batch import symmetric
+from ..batch import expand_to, symmetric
 from ..checks import check_broadcast, check_sample_shape, check_uniform
 from ..guards import finite
 from ..waist import Waist
@@ -220,7 +220,7 @@ class KroneckerPosterior:
         return self.U.new_noise
 
     def _expand(self, x: Tensor, core: int) -> Tensor:
-        return x.expand(*self.batch_shape, *x.shape[x.dim() - core :])
+        return expand_to(x, self.batch_shape, core)
 
     def _full_test(self, what: str) -> Tensor:
         if not self._full:

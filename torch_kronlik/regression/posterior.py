@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import full_precision
-from ..batch import symmetric, unflatten
+from ..batch import expand_to, symmetric, unflatten
 from ..checks import check_broadcast, check_uniform
 from ..guards import finite
 from ..predict import KroneckerPosterior
@@ -111,4 +111,4 @@ class RegressionPosterior:
         return unflatten(root, -1, self.event_shape)
 
     def _expand(self, x: Tensor, core: int) -> Tensor:
-        return x.expand(*self.batch_shape, *x.shape[x.dim() - core :])
+        return expand_to(x, self.batch_shape, core)
